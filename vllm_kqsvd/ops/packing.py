@@ -12,7 +12,7 @@ from vllm_kqsvd.layout import TILE, LatentLayout
 
 @lru_cache(maxsize=512)
 def _tables(layout: LatentLayout, side: str, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(offset [16, bytes], and per field slot [bytes, slots]: channel, shift, mask, bit), int64."""
+    """(offset [16, bytes], channel [bytes, slots] int64; shift, mask, bit [bytes, slots] uint8)."""
     fields = layout.byte_fields[side]
     slots = max(map(len, fields))
     rows = [
@@ -22,23 +22,23 @@ def _tables(layout: LatentLayout, side: str, device: torch.device) -> tuple[torc
     ]
     table = torch.tensor(rows, dtype=torch.int64, device=device)
     offset = torch.tensor(layout.byte_offset[side], dtype=torch.int64, device=device)
-    return (offset, *table.unbind(-1))
+    channel, *rest = table.unbind(-1)
+    return (offset, channel, *(x.to(torch.uint8) for x in rest))
 
 
 def token_bytes(codes: torch.Tensor, layout: LatentLayout, side: str) -> torch.Tensor:
     """Codes [..., rank] (integer) -> the code bytes of a token [..., bytes] uint8, in `byte_offset` order."""
     _, channel, shift, mask, bit = _tables(layout, side, codes.device)
-    fields = (codes.to(torch.int64)[..., channel] >> shift) & mask
-    return (fields << bit).sum(-1).to(torch.uint8)
+    fields = (codes.to(torch.uint8)[..., channel] >> shift) & mask
+    return (fields << bit).sum(-1, dtype=torch.uint8)
 
 
 def codes_from_bytes(data: torch.Tensor, layout: LatentLayout, side: str) -> torch.Tensor:
     """Inverse of `token_bytes`: [..., bytes] uint8 -> codes [..., rank] uint8."""
     _, channel, shift, mask, bit = _tables(layout, side, data.device)
-    values = ((data.to(torch.int64)[..., None] >> bit) & mask) << shift
-    codes = torch.zeros(*data.shape[:-1], layout.side(side).rank, dtype=torch.int64, device=data.device)
-    codes.index_add_(-1, channel.flatten(), values.flatten(-2))
-    return codes.to(torch.uint8)
+    values = ((data[..., None] >> bit) & mask) << shift
+    codes = torch.zeros(*data.shape[:-1], layout.side(side).rank, dtype=torch.uint8, device=data.device)
+    return codes.index_add_(-1, channel.flatten(), values.flatten(-2))
 
 
 def tile_index(layout: LatentLayout, side: str, token: torch.Tensor) -> torch.Tensor:

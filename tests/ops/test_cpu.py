@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU implementation equals the reference on ragged batches, every layout and every frame."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import random_codec, relative_error, side_plan
+from vllm_kqsvd.ops import LayerShape, Step, make_layer_ops
+from vllm_kqsvd.plan import LayerPlan
+
+CASES = {
+    "page": dict(rope_block=32),
+    "pre": dict(rope_block=1),
+    "post": dict(rope_block=0),
+    "partial-interleaved": dict(rope_block=64, rotary_dim=32, interleaved=True),
+}
+
+
+def ragged_step(lengths, q_lens, block_size, window_size, gen):
+    """A Step over shuffled blocks, with the number of latent and window blocks it needs."""
+    tables = []
+    for size in (block_size, window_size):
+        width = -(-max(lengths) // size)
+        tables.append(torch.randperm(len(lengths) * width, generator=gen).view(len(lengths), width).int())
+    start = torch.tensor([0, *torch.tensor(q_lens).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lengths, q_lens, strict=True)])
+    seq = torch.tensor(lengths, dtype=torch.int32)
+    return Step(
+        sum(q_lens),
+        len(lengths),
+        len(lengths),
+        sum(q_lens),
+        max(q_lens),
+        max(lengths),
+        start,
+        start,
+        seq,
+        seq,
+        tables[0],
+        tables[1],
+        positions,
+    )
+
+
+def fill(ops, step, gen):
+    """Random history for every request, stored by `ops`; returns (pages, window_pages, key, value of new rows)."""
+    s = ops.shape
+    blocks, near = step.block_table.numel(), step.window_block_table.numel()
+    pages = torch.randint(
+        0, 256, (blocks, ops.codec.layout.page_bytes(s.num_kv_heads, s.block_size)), generator=gen
+    ).to(torch.uint8)
+    window = torch.randn(near, s.num_kv_heads, s.window_block_size, 2 * s.head_dim, generator=gen).to(s.dtype)
+    rows = []
+    for i, length in enumerate(step.seq_lens.tolist()):
+        kv = torch.randn(2, length, s.num_kv_heads, s.head_dim, generator=gen).to(s.dtype)
+        pos = torch.arange(length)
+        slots = step.block_table[i].long()[pos // s.block_size] * s.block_size + pos % s.block_size
+        size = s.window_block_size
+        near_slots = step.window_block_table[i].long()[pos // size] * size + pos % size
+        ops.store(kv[0], kv[1], pages, window, slots, near_slots, pos)
+        q_len = int(step.query_start_loc[i + 1] - step.query_start_loc[i])
+        rows.append(kv[:, length - q_len :])
+    return pages, window, *torch.cat(rows, 1)
+
+
+@pytest.mark.parametrize("frame", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("plan", [((6, 4, 4, 2), (4, 4, 4, 4)), ((4, 2, 2), (3, 3, 3, 3))], ids=["full", "half"])
+def test_cpu_equals_reference(frame, plan):
+    gen = torch.Generator().manual_seed(1)
+    codec = random_codec(LayerPlan(side_plan(*plan[0]), side_plan(*plan[1])), heads=2, dim=64, **frame)
+    shape = LayerShape(6, 2, 64, 32, 16, 0.125, torch.float32, 64)
+    fast, slow = (make_layer_ops(codec, shape, torch.device("cpu"), n) for n in ("cpu", "reference"))
+    step = ragged_step([1, 200, 77, 64, 130], [1, 3, 77, 1, 9], 32, 16, gen)
+    pages, window, key, value = fill(slow, step, gen)
+    query = torch.randn(step.num_tokens, 6, 64, generator=gen)
+    out = torch.full((2, step.num_tokens, 6, 64), float("nan"))
+    for ops, o in zip((fast, slow), out, strict=True):
+        ops.attend(query, key, value, pages, window, step, o)
+    assert relative_error(out[0], out[1]) < 1e-5

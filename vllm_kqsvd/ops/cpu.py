@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerOps for CPUs: the reference's results, several times faster.
+
+Page bytes are looked up in a 256-row table per plane width (all fields of a byte at once) and multiplied by
+a decode matrix whose rows are in stored order, so nothing is unpacked channel by channel. A request's
+history is expanded to float32 for the length of one layer call; the cache itself stays coded.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from vllm_kqsvd.codec import LayerCodec, SideCodec
+from vllm_kqsvd.layout import TILE, LatentLayout
+from vllm_kqsvd.ops import reference
+from vllm_kqsvd.ops.eager import ReferenceOps
+from vllm_kqsvd.ops.interface import LayerShape, Step
+from vllm_kqsvd.ops.rope_block import block_start, rotate
+from vllm_kqsvd.ops.scale_byte import decode_scale
+
+
+@lru_cache(maxsize=8)
+def _fields_of_byte(num_bits: int) -> torch.Tensor:
+    """[256, 8 / num_bits] float32: the fields of every byte value, low bits first."""
+    value = torch.arange(256)[:, None] >> torch.arange(0, 8, num_bits)
+    return (value & ((1 << num_bits) - 1)).float()
+
+
+class _SideReader:
+    """Expands one side of a run of tiles: [H, tiles, tile_bytes] uint8 -> [H, tokens, d] float32."""
+
+    def __init__(self, side: SideCodec, layout: LatentLayout, name: str) -> None:
+        self.side = side
+        self.order = torch.tensor(layout.byte_offset[name]).flatten()
+        self.num_bytes = side.plan.bytes_per_token
+        self.scales = layout.scale_offset[name]
+        self.planes = [(p.num_bits, p.bytes_per_token) for p in side.plan.planes]
+        fields = [f for byte in layout.byte_fields[name] for f in sorted(byte, key=lambda f: f.bit)]
+        rows = torch.tensor([f.channel for f in fields])
+        weight = torch.tensor([2.0**f.shift for f in fields])
+        self.matrix = side.decode[:, rows] * weight[:, None]  # [H, fields, d]
+        zero_point = 2.0 ** (side.channel_bits() - 1).to(side.decode.dtype) - 0.5
+        self.zero = torch.einsum("r,hrd->hd", zero_point, side.decode)[:, None]
+
+    def __call__(self, tiles: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        heads, num_tiles, _ = tiles.shape
+        data = tiles.index_select(-1, self.order).view(heads, num_tiles * TILE, self.num_bytes).int()
+        fields, at = [], 0
+        for bits, count in self.planes:
+            part = F.embedding(data[..., at : at + count], _fields_of_byte(bits))
+            fields.append(part.flatten(-2))
+            at += count
+        x = torch.bmm(torch.cat(fields, -1), self.matrix) - self.zero
+        byte = tiles[..., self.scales : self.scales + TILE].reshape(heads, -1)
+        scale, is_sink = decode_scale(byte)
+        x *= scale[..., None]
+        basis = self.side.mean_basis[positions % self.side.mean_basis.shape[0]]
+        x += basis @ self.side.mean
+        if bool(is_sink.any()):
+            x += (basis @ (self.side.sink - self.side.mean)) * is_sink[..., None]
+        return x
+
+
+class CpuOps(ReferenceOps):
+    """Store as the reference does; attend through table look-ups and float32 matrix products."""
+
+    name = "cpu"
+
+    def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
+        super().__init__(codec.to("cpu"), shape)
+        self._read = {n: _SideReader(getattr(self.codec, n), codec.layout, n) for n in ("k", "v")}
+
+    def expand(self, pages: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (after RoPE) and values of positions [0, length) of one request: each [H, length, d] float32."""
+        heads, size = self.shape.num_kv_heads, self.shape.block_size
+        num_tiles = -(-length // TILE)
+        tiles = pages[blocks.long()].view(blocks.numel(), heads, size // TILE, -1).transpose(0, 1)
+        tiles = tiles.reshape(heads, -1, tiles.shape[-1])[:, :num_tiles]
+        positions = torch.arange(num_tiles * TILE)
+        key, value = self._read["k"](tiles, positions), self._read["v"](tiles, positions)
+        if t := self.codec.rope_block:
+            turned = rotate(key.transpose(0, 1), block_start(positions, t), self.codec.rope)
+            key = turned.transpose(0, 1)
+        return key[:, :length], value[:, :length]
+
+    def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
+        """See LayerOps.attend."""
+        s, starts = self.shape, step.query_start_loc_cpu.tolist()
+        lengths = step.seq_lens.tolist()
+        for i in range(step.num_reqs):
+            rows, length = slice(starts[i], starts[i + 1]), lengths[i]
+            q_len = starts[i + 1] - starts[i]
+            if q_len <= 0 or length <= 0:
+                continue
+            first = length
+            if window_pages is not None and step.window_block_table is not None:
+                first = int(reference.window_start(torch.tensor(length - q_len), s.window))
+            blocks = step.block_table[i, : -(-max(first, 1) // s.block_size)]
+            k, v = self.expand(pages, blocks, first) if first else (None, None)
+            if first < length:
+                size = window_pages.shape[2]
+                near = torch.arange(first, length)
+                table = step.window_block_table[i].long()
+                exact = window_pages[table[near // size], :, near % size].transpose(0, 1).float()
+                ek, ev = exact[..., : s.head_dim], exact[..., s.head_dim :]
+                k, v = (ek, ev) if k is None else (torch.cat((k, ek), 1), torch.cat((v, ev), 1))
+            output[rows] = self._softmax(query[rows], k, v, length, q_len).to(output.dtype)
+
+    def _softmax(self, q, k, v, length: int, q_len: int) -> torch.Tensor:
+        """q [q_len, Hq, d], k and v [H, length, d] -> [q_len, Hq, d] float32, causal."""
+        s = self.shape
+        heads = s.num_kv_heads
+        grouped = q.float().view(q_len, heads, -1, s.head_dim).permute(1, 2, 0, 3)  # [H, g, q, d]
+        score = torch.matmul(grouped, k[:, None].transpose(-1, -2)) * s.scale
+        if s.soft_cap:
+            score = s.soft_cap * torch.tanh(score / s.soft_cap)
+        if q_len > 1 or s.sliding_window:
+            at, pos = torch.arange(length - q_len, length)[:, None], torch.arange(length)
+            hidden = pos > at
+            if s.sliding_window:
+                hidden |= pos <= at - s.sliding_window
+            score = score.masked_fill(hidden, float("-inf"))
+        out = torch.matmul(score.softmax(-1), v[:, None])
+        return out.permute(2, 0, 1, 3).reshape(q_len, -1, s.head_dim)
