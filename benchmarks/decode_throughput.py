@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode throughput of vLLM at a full cache, without paying for prefill: bf16, fp8, vLLM's low-bit caches, ours.
+
+    python -m benchmarks.decode_throughput --arms auto fp8 kqsvd-4 kqsvd-2.5 --requests 192 [--output CSV]
+
+Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
+decodes `--output-len` more. Each arm runs in a process of its own with the same memory; rows go to
+benchmarks/results/serving.csv. Weights are random (`--load-format dummy`): speed depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COLUMNS = (
+    "date device versions command model format bits tensor_parallel input_len output_len requests kv_tokens tok_s "
+    "ttft_p50 ttft_p99 tpot_p50 tpot_p99 start_s"
+).split()
+RESULTS = Path(__file__).parent / "results" / "serving.csv"
+BITS = {"auto": 16.0, "fp8": 8.0}
+
+
+def engine_options(arm: str, model: Path, options: argparse.Namespace) -> dict:
+    """LLM(...) keyword arguments of one arm."""
+    kw: dict = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": options.input_len + options.output_len + 16,
+        "enable_prefix_caching": False,
+        "max_num_seqs": options.max_num_seqs,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "tensor_parallel_size": options.tensor_parallel,
+        "kv_transfer_config": {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"},
+    }
+    if options.compilation:
+        kw["compilation_config"] = json.loads(options.compilation)
+    if arm.startswith("kqsvd"):
+        kw["attention_backend"] = "CUSTOM"
+        kw["additional_config"] = {"kqsvd": {"projection": str(model / arm)}}
+    else:
+        kw["kv_cache_dtype"] = arm
+    return kw
+
+
+def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
+    """Serve one arm in this process and return its figures."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import torch
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(**engine_options(arm, model, options))
+    ready = time.perf_counter() - start
+    config = llm.llm_engine.vllm_config
+    params = SamplingParams(max_tokens=options.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
+    gen = torch.Generator().manual_seed(0)
+    prompts = [
+        {"prompt_token_ids": torch.randint(10, 100000, (options.input_len,), generator=gen).tolist()}
+        for _ in range(options.requests)
+    ]
+    llm.generate(prompts[:2], params, use_tqdm=False)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    produced = sum(len(o.outputs[0].token_ids) for o in outputs)
+    cache = config.cache_config
+    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
+    return {"tok_s": round(produced / seconds, 1), "kv_tokens": tokens, "start_s": round(ready, 1)}
+
+
+def write_projection(arm: str, model: Path, name: str) -> float:
+    """Random projection of the model's shape in the folder engine_options names; returns its true bits."""
+    from benchmarks.shapes import SHAPES, plan_of
+    from benchmarks.shapes_projection import write_random_projection
+
+    plan = plan_of(float(arm.split("-")[1]))
+    write_random_projection(SHAPES[name], model, plan, model / arm)
+    return plan.bits_per_element(SHAPES[name]["head_dim"])
+
+
+def append_row(row: dict, path: Path = RESULTS) -> None:
+    """Add one row to the results table, with its header if the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow({k: row.get(k, "") for k in COLUMNS})
+
+
+def provenance() -> dict:
+    """Date, device, versions and command line of this run."""
+    import torch
+    import vllm
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "versions": f"vllm {vllm.__version__} torch {torch.__version__}",
+        "command": "python -m benchmarks.decode_throughput " + " ".join(sys.argv[1:]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"])
+    parser.add_argument("--requests", type=int, default=192)
+    parser.add_argument("--input-len", type=int, default=8192)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=int, default=1024)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run_arm:
+        print("RESULT " + json.dumps(run_arm(options.run_arm, options.folder, options)), flush=True)
+        return
+    from benchmarks.shapes import model_folder
+
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = model_folder(options.model, Path(tmp))
+        for arm in options.arms:
+            bits = write_projection(arm, folder, options.model) if arm.startswith("kqsvd") else BITS.get(arm)
+            command = [sys.executable, "-m", "benchmarks.decode_throughput", *sys.argv[1:]]
+            command += ["--run-arm", arm, "--folder", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = [x[7:] for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+            if not lines:
+                print(f"{arm}: failed\n{(done.stdout + done.stderr)[-6000:]}", flush=True)
+                continue
+            row = {
+                **provenance(),
+                "model": options.model,
+                "format": arm,
+                "bits": bits,
+                "tensor_parallel": options.tensor_parallel,
+                "input_len": options.input_len,
+                "output_len": options.output_len,
+                "requests": options.requests,
+                **json.loads(lines[0]),
+            }
+            append_row(row, options.output)
+            print(f"{arm}: {lines[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

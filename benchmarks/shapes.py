@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders with published dimensions and no weights (`--load-format dummy`), and random projections for them.
+
+Speed does not depend on what the weights or bases are, only on their shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from vllm_kqsvd.codec import MEAN_RANK, LayerCodec, SideCodec
+from vllm_kqsvd.ops.rope_block import RopeSpec
+from vllm_kqsvd.plan import LayerPlan, SidePlan, planes_for
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+SHAPES = {
+    "llama-3.1-8b": dict(
+        LLAMA,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "llama-3.2-1b": dict(
+        LLAMA,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+    ),
+}
+# (K widths, V widths) per group of 16 channels at head_dim 128
+PLANS = {
+    4.0: ((6, 4, 4, 4, 4, 4, 4, 2), (4,) * 8),
+    3.0: ((6, 4, 4, 2, 2, 2, 2, 2), (3,) * 8),
+    2.5: ((4, 4, 2, 2, 2, 2), (3,) * 8),
+    2.0: ((4, 4, 2, 2, 2, 2), (2,) * 8),
+}
+
+
+def model_folder(name: str, root: Path) -> Path:
+    """Write `config.json` of a known shape under `root` and return its folder."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1))
+    return folder
+
+
+def random_side(plan: SidePlan, heads: int, dim: int, offsets: int, gen: torch.Generator) -> SideCodec:
+    """A coder with orthonormal random bases and unit-variance ranges."""
+    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=gen))[0][..., : plan.rank]
+    step = 3.2 / 2.0 ** torch.tensor(plan.group_bits).repeat_interleave(16)
+    width = MEAN_RANK if offsets > 1 else 1
+    mean = 0.1 * torch.randn(heads, width, dim, generator=gen)
+    return SideCodec(
+        plan,
+        basis / step,
+        (basis * step).transpose(1, 2).contiguous(),
+        (step.square() / plan.rank).expand(heads, -1).contiguous(),
+        torch.zeros(heads, plan.rank),
+        torch.randn(offsets, width, generator=gen),
+        mean,
+        mean.clone(),
+    )
+
+
+def random_codec(config: dict, plan: LayerPlan, rope_block: int, seed: int) -> LayerCodec:
+    """A page-mode codec for one layer of a model config."""
+    gen = torch.Generator().manual_seed(seed)
+    heads, dim = config["num_key_value_heads"], config["head_dim"]
+    inv_freq = config["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    k = random_side(plan.k, heads, dim, rope_block, gen)
+    return LayerCodec(k, random_side(plan.v, heads, dim, 1, gen), RopeSpec(inv_freq), rope_block)
+
+
+def plan_of(bits: float) -> LayerPlan:
+    """The benchmark plan of a named width."""
+    k, v = (planes_for(w) for w in PLANS[bits])
+    assert k is not None and v is not None, bits
+    return LayerPlan(k, v)
