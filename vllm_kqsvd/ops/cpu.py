@@ -98,16 +98,23 @@ class CpuOps(ReferenceOps):
             first = length
             if window_pages is not None and step.window_block_table is not None:
                 first = int(reference.window_start(torch.tensor(length - q_len), s.window))
-            blocks = step.block_table[i, : -(-max(first, 1) // s.block_size)]
-            k, v = self.expand(pages, blocks, first) if first else (None, None)
+            parts = []
+            if first:
+                blocks = step.block_table[i, : -(-first // s.block_size)]
+                parts.append(self.expand(pages, blocks, first))
             if first < length:
-                size = window_pages.shape[2]
-                near = torch.arange(first, length)
-                table = step.window_block_table[i].long()
-                exact = window_pages[table[near // size], :, near % size].transpose(0, 1).float()
-                ek, ev = exact[..., : s.head_dim], exact[..., s.head_dim :]
-                k, v = (ek, ev) if k is None else (torch.cat((k, ek), 1), torch.cat((v, ev), 1))
+                own = length - q_len
+                if first < own:
+                    parts.append(self._exact(window_pages, step.window_block_table[i], first, own))
+                parts.append(tuple(x[rows].transpose(0, 1).float() for x in (key, value)))
+            k, v = (torch.cat(x, 1) for x in zip(*parts, strict=True))
             output[rows] = self._softmax(query[rows], k, v, length, q_len).to(output.dtype)
+
+    def _exact(self, window_pages, table, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions [start, stop) from the window pages: each [H, stop - start, d] float32."""
+        size, near = window_pages.shape[2], torch.arange(start, stop)
+        both = window_pages[table.long()[near // size], :, near % size].transpose(0, 1).float()
+        return both[..., : self.shape.head_dim], both[..., self.shape.head_dim :]
 
     def _softmax(self, q, k, v, length: int, q_len: int) -> torch.Tensor:
         """q [q_len, Hq, d], k and v [H, length, d] -> [q_len, Hq, d] float32, causal."""

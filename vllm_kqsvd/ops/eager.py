@@ -40,6 +40,7 @@ class ReferenceOps(LayerOps):
             window,
             self.shape.soft_cap,
             self.shape.sliding_window,
+            (key, value),
         )
         output[: step.num_tokens] = out.to(output.dtype)
 

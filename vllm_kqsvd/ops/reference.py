@@ -142,13 +142,15 @@ def attend(
     window: ExactWindow | None = None,
     soft_cap: float = 0.0,
     sliding_window: int = 0,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last q_len positions of each request over its pages: decode and prefill alike.
 
     query [N, Hq, d] with rows query_start_loc[i] .. query_start_loc[i+1] of request i; seq_lens [S] include
     these rows; block_table [S, n]. Positions from `window_start` on are read from `window` (exact), earlier
     ones from the latent pages. `sliding_window` counts visible positions (0: all). Returns [N, Hq, d] in the
-    codec's dtype; rows of empty requests are zero.
+    codec's dtype; rows of empty requests are zero. `fresh`: the step's own keys and values [N, H, d]; if given,
+    they stand for themselves and the window pages are read only before them.
     """
     dtype = codec.k.encode.dtype
     heads, dim = codec.num_kv_heads, codec.head_dim
@@ -165,9 +167,11 @@ def attend(
         if window is not None:
             start = int(window_start(torch.tensor(length - q_len), window.length))
             size = window.pages.shape[2]
-            near = pos[start:]
+            near = pos[start : length - q_len] if fresh is not None else pos[start:]
             exact = window.pages[window.block_table[i].long()[near // size], :, near % size].to(dtype)
-            key[start:], value[start:] = exact[..., :dim], exact[..., dim:]
+            key[near], value[near] = exact[..., :dim], exact[..., dim:]
+            if fresh is not None:
+                key[length - q_len :], value[length - q_len :] = (x[rows].to(dtype) for x in fresh)
         q = query[rows].to(dtype).view(q_len, heads, -1, dim)
         score = torch.einsum("nhgd,khd->hgnk", q, key) * scale
         if soft_cap:
