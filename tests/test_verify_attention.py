@@ -23,9 +23,7 @@ def tensors(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query, key, value
 
 
-@pytest.mark.parametrize(
-    "window,chunk,prefill", [(64, 1, 96), (32, 1, 40), (64, 48, 0), (16, 7, 0), (64, 1, 0)]
-)
+@pytest.mark.parametrize("window,chunk,prefill", [(64, 1, 96), (32, 1, 40), (64, 48, 0), (16, 7, 0), (64, 1, 0)])
 @pytest.mark.parametrize("soft_cap,sliding_window", [(0.0, 0), (5.0, 0), (0.0, 50)])
 def test_one_pass_equals_steps_through_pages(window, chunk, prefill, soft_cap, sliding_window):
     length, scale = 150, DIM**-0.5
@@ -61,14 +59,9 @@ def test_exact_sinks_and_no_window():
     call = AttentionCall(0, query, key, value, 0.1)
     coded_key, coded_value = key + 0.3, value * 0.5
     first = ReadRule(window=0).first_exact(positions)
-    out = mixed_attention(
-        call, CodedCache(key, value, coded_key, coded_value, first, sinks=4), positions
-    )
+    out = mixed_attention(call, CodedCache(key, value, coded_key, coded_value, first, sinks=4), positions)
     coded_key[:4], coded_value[:4] = key[:4], value[:4]
-    assert (
-        relative_error(out, exact_attention(AttentionCall(0, query, coded_key, coded_value, 0.1)))
-        < 1e-5
-    )
+    assert relative_error(out, exact_attention(AttentionCall(0, query, coded_key, coded_value, 0.1))) < 1e-5
 
 
 @pytest.mark.parametrize("soft_cap,sliding_window", [(3.0, 0), (0.0, 9)])
@@ -80,12 +73,8 @@ def test_exact_attention_with_caps_and_windows(soft_cap, sliding_window):
     if soft_cap:
         logit = soft_cap * torch.tanh(logit / soft_cap)
     row, column = torch.arange(30)[:, None], torch.arange(30)
-    hidden = (
-        column > row if not sliding_window else (column > row) | (column <= row - sliding_window)
-    )
-    want = torch.einsum(
-        "hgtn,nhd->thgd", logit.masked_fill(hidden, float("-inf")).softmax(-1), value
-    )
+    hidden = column > row if not sliding_window else (column > row) | (column <= row - sliding_window)
+    want = torch.einsum("hgtn,nhd->thgd", logit.masked_fill(hidden, float("-inf")).softmax(-1), value)
     assert relative_error(out, want.reshape(30, -1, DIM)) < 1e-5
 
 

@@ -26,21 +26,11 @@ from vllm_kqsvd.verify_text import file_digests, read_text, text_windows
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kqsvd verify`."""
     parser.add_argument("model", type=Path, help="Hugging Face model folder")
-    parser.add_argument(
-        "projection", type=Path, help="projection folder written by `kqsvd calibrate`"
-    )
-    parser.add_argument(
-        "--data", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text files"
-    )
-    parser.add_argument(
-        "--context", type=int, default=2048, help="tokens per window (default %(default)s)"
-    )
-    parser.add_argument(
-        "--scored", type=int, help="last tokens of a window that are scored (default: a quarter)"
-    )
-    parser.add_argument(
-        "--windows", type=int, default=2, help="windows per file (default %(default)s)"
-    )
+    parser.add_argument("projection", type=Path, help="projection folder written by `kqsvd calibrate`")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text files")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per window (default %(default)s)")
+    parser.add_argument("--scored", type=int, help="last tokens of a window that are scored (default: a quarter)")
+    parser.add_argument("--windows", type=int, default=2, help="windows per file (default %(default)s)")
     parser.add_argument(
         "--window",
         type=int,
@@ -53,15 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="imitate prefill in steps of so many tokens (default: exact prompt, then decode)",
     )
-    parser.add_argument(
-        "--threshold", type=float, help="largest mean KL that passes (default: by bits)"
-    )
+    parser.add_argument("--threshold", type=float, help="largest mean KL that passes (default: by bits)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument(
-        "--plot", type=Path, metavar="PNG", help="write a plot of per-token KL and logit error"
-    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a plot of per-token KL and logit error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,11 +97,7 @@ def verify(
     texts = _held_out([Path(p) for p in data], folder)
     model, tokenizer = load_model(Path(model_dir), device, dtype)
     scored = scored or context // 4
-    pieces = [
-        w
-        for name, text in texts.items()
-        for w in text_windows(text, name, tokenizer, context, windows, scored)
-    ]
+    pieces = [w for name, text in texts.items() for w in text_windows(text, name, tokenizer, context, windows, scored)]
     rule = ReadRule(window, chunk=chunk or 1, prefill=0 if chunk else context - scored)
     codec = projection_codec(folder, device)
     by_text: dict[str, list[Score]] = defaultdict(list)
@@ -148,9 +130,7 @@ def verify(
     return result, every
 
 
-def projection_codec(
-    folder: Projection, device: str = "cpu", name: str = "kqsvd"
-) -> ProjectionCodec:
+def projection_codec(folder: Projection, device: str = "cpu", name: str = "kqsvd") -> ProjectionCodec:
     """The folder's codecs by layer index, on `device`."""
     return ProjectionCodec({i: entry.codec.to(device) for i, entry in folder.layers.items()}, name)
 
@@ -161,9 +141,7 @@ def _held_out(paths: Sequence[Path], folder: Projection) -> dict[str, str]:
     known = str(folder.calibration)  # digests are unique wherever the calibrator wrote them
     for digest, path in file_digests(paths).items():
         if digest in known:
-            raise ConfigError(
-                f"{path} was used for calibration; give --data text that was held out"
-            )
+            raise ConfigError(f"{path} was used for calibration; give --data text that was held out")
     return texts
 
 
@@ -177,8 +155,6 @@ def load_model(model_dir: Path, device: str, dtype: torch.dtype):
         raise ConfigError(f"{model_dir} has no config.json; give a Hugging Face model folder")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of {model_dir} is not a fast one; verify needs tokenizer.json"
-        )
+        raise ConfigError(f"the tokenizer of {model_dir} is not a fast one; verify needs tokenizer.json")
     print(f"loading {model_dir} in {dtype} on {device}", file=sys.stderr)
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval(), tokenizer

@@ -50,16 +50,12 @@ class CodedCache:
     sinks: int = 0
 
 
-def mixed_attention(
-    call: AttentionCall, cache: CodedCache, positions: torch.Tensor
-) -> torch.Tensor:
+def mixed_attention(call: AttentionCall, cache: CodedCache, positions: torch.Tensor) -> torch.Tensor:
     """Causal attention of call.query, standing at `positions` [T] (consecutive), over `cache`: [T, Hq, d]."""
     out = torch.empty_like(call.query)
     for at in range(0, positions.numel(), ROWS):
         rows = slice(at, at + ROWS)
-        out[rows] = _attend_rows(
-            call, cache, call.query[rows], positions[rows], cache.first_exact[rows]
-        )
+        out[rows] = _attend_rows(call, cache, call.query[rows], positions[rows], cache.first_exact[rows])
     return out
 
 
@@ -101,9 +97,7 @@ def _attend_rows(
 
     coded = p[..., low:] * is_coded
     out = weighted(p[..., :low], old_value)
-    out += weighted(coded, cache.coded_value[low:end]) + weighted(
-        p[..., low:] - coded, cache.value[low:end]
-    )
+    out += weighted(coded, cache.coded_value[low:end]) + weighted(p[..., low:] - coded, cache.value[low:end])
     return out.permute(2, 0, 1, 3).reshape(query.shape)
 
 
@@ -127,13 +121,9 @@ _handler: ContextVar[Callable[[AttentionCall], torch.Tensor]] = ContextVar("kqsv
 def _registered(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The function in transformers' registry: one sequence, whatever `handle_attention` installed."""
     if query.shape[0] != 1 or attention_mask is not None:
-        raise UnsupportedError(
-            "verify runs one unpadded text at a time; found a batch or an attention mask"
-        )
+        raise UnsupportedError("verify runs one unpadded text at a time; found a batch or an attention mask")
     if kwargs.get("s_aux") is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__} has learned attention sinks, which are not supported"
-        )
+        raise UnsupportedError(f"{type(module).__name__} has learned attention sinks, which are not supported")
     call = AttentionCall(
         int(module.layer_idx),
         *(x[0].transpose(0, 1) for x in (query, key, value)),

@@ -33,9 +33,7 @@ class CacheCodec(Protocol):
     """What the harness asks of a cache format."""
 
     name: str
-    group_tokens: (
-        int  # tokens coded together; an incomplete group is still exact (1: every token alone)
-    )
+    group_tokens: int  # tokens coded together; an incomplete group is still exact (1: every token alone)
 
     def roundtrip(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
@@ -82,10 +80,7 @@ class ReadRule:
 
     def first_exact(self, positions: torch.Tensor, group_tokens: int = 1) -> torch.Tensor:
         """First exactly read position of every query position [T] int64."""
-        step = (
-            self.prefill
-            + (positions - self.prefill).div(self.chunk, rounding_mode="floor") * self.chunk
-        )
+        step = self.prefill + (positions - self.prefill).div(self.chunk, rounding_mode="floor") * self.chunk
         step = torch.where(positions < self.prefill, 0, step)
         if self.window:
             first = reference.window_start(step, self.window)
@@ -132,9 +127,7 @@ def score(model, window: Window, exact: Reference, codec: CacheCodec, rule: Read
     """Run `window` reading the cache through `codec` by `rule`, and compare with `exact`."""
     scored = window.first_scored
     if rule.prefill not in (0, scored):
-        raise ConfigError(
-            f"prefill of {rule.prefill} asked for; it must be 0 or the first scored position {scored}"
-        )
+        raise ConfigError(f"prefill of {rule.prefill} asked for; it must be 0 or the first scored position {scored}")
     start = rule.prefill  # earlier rows are exact, hence the same as in the reference pass
     positions = torch.arange(start, window.tokens.numel(), device=exact.logprobs.device)
     errors: dict[int, float] = {}
@@ -146,20 +139,12 @@ def score(model, window: Window, exact: Reference, codec: CacheCodec, rule: Read
         )
         where = torch.arange(key.shape[0], device=key.device)
         coded = codec.roundtrip(call.layer, key, value, where)
-        first = (
-            rule.first_exact(positions, codec.group_tokens)
-            if coded
-            else torch.zeros_like(positions)
-        )
+        first = rule.first_exact(positions, codec.group_tokens) if coded else torch.zeros_like(positions)
         coded_key, coded_value = coded or (key, value)
         if coded:
             rows = positions >= scored
-            errors[call.layer] = logit_error(
-                call.query[rows], positions[rows], key, coded_key, first[rows], rule.sinks
-            )
-        return mixed_attention(
-            call, CodedCache(key, value, coded_key, coded_value, first, rule.sinks), positions
-        )
+            errors[call.layer] = logit_error(call.query[rows], positions[rows], key, coded_key, first[rows], rule.sinks)
+        return mixed_attention(call, CodedCache(key, value, coded_key, coded_value, first, rule.sinks), positions)
 
     return compare(
         exact.logprobs,
@@ -219,11 +204,7 @@ def logit_error(
     heads = key.shape[1]
     q = query.view(query.shape[0], heads, -1, query.shape[-1]).float()
     column = torch.arange(key.shape[0], device=key.device)
-    seen = (
-        (column < first[:, None])
-        & (column <= positions[rows][:, None])
-        & (column >= max(sinks, TILE))
-    )
+    seen = (column < first[:, None]) & (column <= positions[rows][:, None]) & (column >= max(sinks, TILE))
     seen = seen[:, None, None]
     count = seen.sum(-1, keepdim=True).clamp_min(1)
     total = []

@@ -26,9 +26,7 @@ def default_threshold(bits: float) -> float:
     if high == low:
         return KL_THRESHOLDS[high]
     part = (bits - low) / (high - low)
-    return math.exp(
-        (1 - part) * math.log(KL_THRESHOLDS[low]) + part * math.log(KL_THRESHOLDS[high])
-    )
+    return math.exp((1 - part) * math.log(KL_THRESHOLDS[low]) + part * math.log(KL_THRESHOLDS[high]))
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ class VerifyResult:
     total: Fidelity
     texts: list[Fidelity]
     logit_error: dict[int, float]  # layer -> measured relative logit error
-    predicted: dict[int, float] = field(
-        default_factory=dict
-    )  # layer -> the calibrator's prediction
+    predicted: dict[int, float] = field(default_factory=dict)  # layer -> the calibrator's prediction
 
     @property
     def passed(self) -> bool:
@@ -108,9 +104,7 @@ class VerifyResult:
         both = [i for i in self.logit_error if self.predicted.get(i)]
         if not both:
             return None
-        measured, predicted = (
-            sum(x[i] ** 2 for i in both) for x in (self.logit_error, self.predicted)
-        )
+        measured, predicted = (sum(x[i] ** 2 for i in both) for x in (self.logit_error, self.predicted))
         return math.sqrt(measured / predicted)
 
     def verdict(self) -> str:
@@ -124,9 +118,7 @@ class VerifyResult:
                 f"FAIL: {kl} exceeds {limit}. Calibrate on text like the one served (--data), "
                 "with more bits (--bits) or more text, or accept it with --threshold."
             )
-        if (
-            ratio := self.prediction_ratio
-        ) and not 1 / PREDICTION_FACTOR <= ratio <= PREDICTION_FACTOR:
+        if (ratio := self.prediction_ratio) and not 1 / PREDICTION_FACTOR <= ratio <= PREDICTION_FACTOR:
             out += (
                 f" Logit error is {ratio:.2f} times what calibration predicted: "
                 "this text is unlike the calibration text, or the file is not this model's."
@@ -155,9 +147,7 @@ class VerifyResult:
             return "no layer is compressed"
         worst = max(self.logit_error, key=self.logit_error.__getitem__)
         rms = math.sqrt(sum(x * x for x in self.logit_error.values()) / len(self.logit_error))
-        out = (
-            f"relative logit error {rms:.4f}, worst {self.logit_error[worst]:.4f} in layer {worst}"
-        )
+        out = f"relative logit error {rms:.4f}, worst {self.logit_error[worst]:.4f} in layer {worst}"
         if ratio := self.prediction_ratio:
             out += f"; {ratio:.2f} times the calibrator's prediction"
         return out
@@ -183,9 +173,7 @@ def plot(result: VerifyResult, kl: Mapping[str, torch.Tensor], path: Path) -> No
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for text, values in kl.items():
-        left.plot(
-            values.sort().values.clamp_min(1e-7), torch.linspace(0, 1, values.numel()), label=text
-        )
+        left.plot(values.sort().values.clamp_min(1e-7), torch.linspace(0, 1, values.numel()), label=text)
     left.axvline(result.threshold, color="black", linestyle=":", label="threshold of the mean")
     left.set(
         xscale="log",
@@ -196,9 +184,7 @@ def plot(result: VerifyResult, kl: Mapping[str, torch.Tensor], path: Path) -> No
     layers = sorted(result.logit_error)
     right.plot(layers, [result.logit_error[i] for i in layers], "o-", label="measured")
     if result.predicted:
-        right.plot(
-            layers, [result.predicted.get(i, math.nan) for i in layers], "x--", label="predicted"
-        )
+        right.plot(layers, [result.predicted.get(i, math.nan) for i in layers], "x--", label="predicted")
     right.set(xlabel="layer", ylabel="relative logit error", ylim=(0, None), title="Logit error")
     left.legend()
     right.legend()

@@ -20,26 +20,20 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(errors="replace")
     except OSError as e:
-        raise ConfigError(
-            f"cannot read held-out text {path}: {e.strerror}; give --data text files"
-        ) from e
+        raise ConfigError(f"cannot read held-out text {path}: {e.strerror}; give --data text files") from e
     if not text.strip():
         raise ConfigError(f"held-out text {path} is empty; give --data files with text")
     return text
 
 
-def text_windows(
-    text: str, name: str, tokenizer, context: int, count: int, scored: int
-) -> list[Window]:
+def text_windows(text: str, name: str, tokenizer, context: int, count: int, scored: int) -> list[Window]:
     """`count` windows of `context` tokens at evenly spread line starts; the last `scored` of each are predicted.
 
     The tokenizer's own leading special tokens (a BOS where the model has one) open every window. Raises
     ConfigError if the text is too short for windows that do not overlap.
     """
     if not 0 < scored < context:
-        raise ConfigError(
-            f"{scored} scored tokens of {context} asked for; score fewer than the context"
-        )
+        raise ConfigError(f"{scored} scored tokens of {context} asked for; score fewer than the context")
     opening = list(tokenizer("").input_ids)
     windows, free = [], 0
     for i in range(count):

@@ -24,10 +24,6 @@ class KiviCodec:
         n, heads, dim = key.shape
         g = self.group_tokens
         whole = n // g * g
-        k = round_min_max(key[:whole].float().view(-1, g, heads, dim), self.num_bits, 1).view(
-            whole, heads, dim
-        )
-        v = round_min_max(value.float().reshape(n, heads, -1, min(g, dim)), self.num_bits, -1).view(
-            n, heads, dim
-        )
+        k = round_min_max(key[:whole].float().view(-1, g, heads, dim), self.num_bits, 1).view(whole, heads, dim)
+        v = round_min_max(value.float().reshape(n, heads, -1, min(g, dim)), self.num_bits, -1).view(n, heads, dim)
         return torch.cat((k.to(key.dtype), key[whole:])), v.to(value.dtype)

@@ -23,9 +23,7 @@ class Nvfp4Codec(PerToken):
     def key(self, x: torch.Tensor) -> torch.Tensor:
         """Nearest e2m1 value under the group's scale."""
         y = x.float().unflatten(-1, (-1, GROUP))
-        scale = (
-            (y.abs().amax(-1, keepdim=True) / 6).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
-        )
+        scale = (y.abs().amax(-1, keepdim=True) / 6).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
         levels = torch.tensor(LEVELS, device=x.device)
         magnitude = levels[torch.bucketize((y / scale).abs(), (levels[1:] + levels[:-1]) / 2)]
         return (magnitude * y.sign() * scale).flatten(-2).to(x.dtype)
