@@ -110,16 +110,15 @@ class Projection:
             served = ModelFingerprint.from_config(model)
         if different := self.model.differences(served):
             raise ProjectionFileError(
-                "the projection was made for another model: " + "; ".join(different)
+                "the projection was made for another model: "
+                + "; ".join(different)
                 + "; calibrate the model that is served, or give the projection made for it"
             )
 
     def at_heads(self, start: int, stop: int) -> Projection:
         """The projection of KV heads [start, stop) of every layer (a tensor parallel shard)."""
         if not 0 <= start < stop <= self.model.num_kv_heads:
-            raise ProjectionFileError(
-                f"KV heads {start} to {stop} asked for; the file has {self.model.num_kv_heads}"
-            )
+            raise ProjectionFileError(f"KV heads {start} to {stop} asked for; the file has {self.model.num_kv_heads}")
         cut = {}
         for i, entry in self.layers.items():
             spectrum = entry.spectrum and {s: t[start:stop] for s, t in entry.spectrum.items()}

@@ -14,9 +14,7 @@ from vllm_kqsvd.projection_rope import RopeSetting, head_dim_of, rope_settings, 
 
 HASHED_BYTES = 4096  # of each weight
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_KV_WEIGHT = re.compile(
-    r"\.(k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|qweight|weight_packed)$"
-)
+_KV_WEIGHT = re.compile(r"\.(k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|qweight|weight_packed)$")
 _OTHER_TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|encoder|mtp\w*)\.")
 
 

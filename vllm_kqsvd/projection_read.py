@@ -199,6 +199,4 @@ def assemble(header: Header, tensors: Mapping[str, torch.Tensor]) -> Projection:
             codec,
             spectrum or None,
         )
-    return Projection(
-        model, layers, header.calibration, header.predicted, header.digest, header.created_by
-    )
+    return Projection(model, layers, header.calibration, header.predicted, header.digest, header.created_by)

@@ -17,9 +17,7 @@ from vllm_kqsvd.ops.rope_block import RopeSpec
 
 ROPE_TYPES = ("none", "default", "linear", "llama3", "yarn")
 # model types whose attention rotates pairs (2i, 2i + 1); all others rotate (i, i + rotary_dim / 2)
-INTERLEAVED_MODEL_TYPES = frozenset(
-    ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj")
-)
+INTERLEAVED_MODEL_TYPES = frozenset(("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj"))
 # model types whose key channels vLLM orders otherwise than transformers: a basis would not fit
 PERMUTED_MODEL_TYPES = frozenset(("llama4", "llama4_text"))
 _PARAMETERS = (
@@ -176,9 +174,7 @@ def _setting(config: Any, params: dict[str, Any], layer_type: str | None) -> Rop
     return RopeSetting(2 * inv_freq.numel(), interleaved, kind, kept, inv_freq.double())
 
 
-def _scaled_frequencies(
-    config: Any, kind: str, layer_type: str | None
-) -> tuple[torch.Tensor, float]:
+def _scaled_frequencies(config: Any, kind: str, layer_type: str | None) -> tuple[torch.Tensor, float]:
     """(inv_freq float32, attention factor) as transformers computes them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from vllm_kqsvd.errors import ProjectionFileError
 from vllm_kqsvd.projection import Projection
 from vllm_kqsvd.projection_read import (
-    SIDE_TENSORS,
     CONFIG_FILE,
+    SIDE_TENSORS,
     TENSOR_FILE,
-    check_declared,
     assemble,
+    check_declared,
     digest_of,
 )
 from vllm_kqsvd.projection_schema import (
@@ -88,8 +88,7 @@ def to_json(projection: Projection) -> dict[str, Any]:
 def to_tensors(projection: Projection) -> dict[str, torch.Tensor]:
     """Every tensor of the file under its name, on the CPU, in the file's dtype."""
     out = {
-        f"rope.{n}.inv_freq": r.inv_freq.to("cpu", torch.float64).clone()
-        for n, r in enumerate(projection.model.rope)
+        f"rope.{n}.inv_freq": r.inv_freq.to("cpu", torch.float64).clone() for n, r in enumerate(projection.model.rope)
     }
     for i, entry in sorted(projection.layers.items()):
         for side in SIDES:
@@ -177,9 +176,7 @@ def _refuse_foreign(folder: Path) -> None:
     found = {f.name for f in folder.iterdir()}
     if found and (TENSOR_FILE not in found or found - FILES):
         foreign = sorted(found - FILES) or sorted(found)
-        raise ProjectionFileError(
-            f"exists and holds other files ({', '.join(foreign[:3])}); choose another --output"
-        )
+        raise ProjectionFileError(f"exists and holds other files ({', '.join(foreign[:3])}); choose another --output")
 
 
 def _replace(work: Path, folder: Path) -> None:
