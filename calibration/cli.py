@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kqsvd calibrate`: from a model folder and text files to a projection folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from vllm_kqsvd.calibration.basis import BASES
+from vllm_kqsvd.calibration.calibrate import PRESETS, CalibrateOptions, bits_of_ratio, calibrate, remove_partial
+from vllm_kqsvd.calibration.collect import CollectOptions
+from vllm_kqsvd.calibration.frames import ROPE_MODES
+from vllm_kqsvd.errors import CalibrationError, ConfigError
+from vllm_kqsvd.projection import ModelFingerprint, Projection, save_projection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kqsvd calibrate`."""
+    defaults, collect = CalibrateOptions(), CollectOptions()
+    parser.add_argument("model", type=Path, help="Hugging Face model folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="projection folder to write")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="text: .txt, .md or .jsonl")
+    budget = parser.add_mutually_exclusive_group()
+    presets = ", ".join(f"{name} {bits:g}" for name, bits in PRESETS.items())
+    budget.add_argument("--preset", choices=tuple(PRESETS), help=f"bits per element by name: {presets} (default balanced)")
+    budget.add_argument("--bits", type=float, help="bits per element of K and V")
+    budget.add_argument("--ratio", metavar="N[x]", help="compression against a 16-bit cache, e.g. 5x")
+    parser.add_argument("--basis", choices=BASES, default=defaults.basis, help="latent basis (default %(default)s)")
+    parser.add_argument("--no-center", action="store_true", help="do not remove the mean")
+    parser.add_argument(
+        "--rope-mode", choices=ROPE_MODES, default=defaults.rope_mode, help="frame of the keys (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rope-block", type=int, default=0, metavar="T", help="positions per rope block (default 32, or 64 if GQA > 4)"
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, default=0, metavar="N", help="positions --rope-mode post must serve (default: model's)"
+    )
+    parser.add_argument("--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans (default %(default)s)")
+    parser.add_argument("--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)")
+    parser.add_argument("--window-length", type=int, default=collect.window_length, help="tokens each (default %(default)s)")
+    parser.add_argument(
+        "--gradient-windows", type=int, default=collect.gradient_windows, help="windows with gradients (default %(default)s)"
+    )
+    parser.add_argument(
+        "--gradient-length", type=int, default=collect.gradient_length, help="tokens each (default %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=collect.samples, help="tokens kept for the quantizer's tables")
+    parser.add_argument(
+        "--exact-window", type=int, default=collect.window, help="recent tokens that will be served exactly (default %(default)s)"
+    )
+    parser.add_argument(
+        "--no-backward", action="store_true", help="gradients of each layer's own output only: no backward pass"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from an interrupted run of the same options")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def options_from(args: argparse.Namespace) -> CalibrateOptions:
+    """The calibration's options from parsed arguments."""
+    collect = CollectOptions(
+        num_windows=args.num_windows,
+        window_length=args.window_length,
+        gradient_windows=args.gradient_windows,
+        gradient_length=min(args.gradient_length, args.window_length),
+        samples=args.samples,
+        window=args.exact_window,
+        backward=not args.no_backward,
+        seed=args.seed,
+    )
+    return CalibrateOptions(
+        bits=_bits(args),
+        basis=args.basis,
+        center=not args.no_center,
+        rope_mode=args.rope_mode,
+        rope_block=args.rope_block,
+        max_position=args.max_model_len,
+        max_plans=args.max_plans,
+        collect=collect,
+    )
+
+
+def _bits(args: argparse.Namespace) -> float:
+    if args.bits is not None:
+        return float(args.bits)
+    if args.ratio is not None:
+        try:
+            ratio = float(str(args.ratio).lower().rstrip("x"))
+        except ValueError as e:
+            raise ConfigError(f"--ratio {args.ratio!r} is not a number; give e.g. 5x") from e
+        return bits_of_ratio(ratio, ModelFingerprint.from_hf(args.model).head_dim)
+    return PRESETS[args.preset or "balanced"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry point of the command."""
+    if not (args.model / "config.json").is_file():
+        raise CalibrationError(f"{args.model} is not a Hugging Face model folder (no config.json)")
+    began = time.monotonic()
+    projection = calibrate(
+        args.model, args.data, options_from(args), output=args.output, resume=args.resume, device=args.device
+    )
+    digest = save_projection(projection, args.output)
+    remove_partial(args.output)
+    print(summary(projection, args.output, digest, time.monotonic() - began))
+    return 0
+
+
+def summary(projection: Projection, output: Path, digest: str, seconds: float) -> str:
+    """What was written, in a few lines."""
+    plans = {e.codec.plan for e in projection.layers.values()}
+    error = projection.predicted
+    return "\n".join(
+        (
+            f"wrote {output} (digest {digest[:12]}) in {seconds:.0f} s",
+            f"  {len(projection.layers)} layers, {len(plans)} bit plans, "
+            f"{projection.calibration['bits_per_element']:.3f} bits per element with scales, "
+            f"{projection.compression_ratio():.2f}x smaller than 16 bits (exact window not counted)",
+            f"  predicted relative logit error: mean {sum(error) / max(1, len(error)):.4f}, worst {max(error, default=0.0):.4f}",
+        )
+    )
+
+

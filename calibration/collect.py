@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The passes over the calibration text: a short pilot for the sinks, moments of every window, gradients of some."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vllm_kqsvd.calibration.capture import AttentionCall, observe, observe_gradients
+from vllm_kqsvd.calibration.corpus import Corpus
+from vllm_kqsvd.calibration.gradients import attention_gradients
+from vllm_kqsvd.calibration.model_probe import LayerInfo
+from vllm_kqsvd.calibration.sinks import Prototypes, find_prototypes
+from vllm_kqsvd.calibration.statistics import LayerStatistics, Statistics
+from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
+
+PILOT_TEXTS, PILOT_LENGTH = 16, 128
+_SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """What to collect. `backward`: gradients of the model's loss; otherwise of random directions of each layer's own
+    output, which need no backward pass through the model. `window`: exact recent tokens left out of the gradients."""
+
+    num_windows: int = 64
+    window_length: int = 2048
+    gradient_windows: int = 12
+    gradient_length: int = 1024
+    samples: int = 4096
+    window: int = 64
+    backward: bool = True
+    seed: int = 0
+
+
+def before_rope(x: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    """R_{-p} x for x [heads, T, d] at positions 0 .. T-1, float32."""
+    at = -torch.arange(x.shape[1], device=x.device)
+    return rotate(x.float().transpose(0, 1), at, rope).transpose(0, 1)
+
+
+class Collector:
+    """Feeds windows of text through a model and adds up statistics; one step is one window."""
+
+    def __init__(self, model: nn.Module, layers: list[LayerInfo], corpus: Corpus, options: CollectOptions) -> None:
+        self.model, self.layers, self.corpus, self.options = model, layers, corpus, options
+        self.device = next(model.parameters()).device
+        self._layer_of = {id(layer.module): layer for layer in layers}
+
+    @property
+    def num_steps(self) -> int:
+        """Windows for moments, then windows for gradients."""
+        return self.options.num_windows + self.options.gradient_windows
+
+    def start(self, options: dict[str, object]) -> Statistics:
+        """Empty statistics with the sink prototypes of a short pilot pass."""
+        texts: list[list[dict[str, torch.Tensor]]] = []
+        for i in range(min(PILOT_TEXTS, max(4, self.options.num_windows))):
+            seen: list[dict[str, torch.Tensor]] = []
+            length = min(PILOT_LENGTH, self.options.window_length)
+            self._forward(self.corpus.window(i)[:length], lambda call, seen=seen: seen.append(self._raw(call)))
+            texts.append(seen)
+        out = []
+        for n, layer in enumerate(self.layers):
+            proto: dict[str, Prototypes] = {
+                side: find_prototypes(torch.stack([t[n][side] for t in texts]).double()) for side in ("k", "v")
+            }
+            out.append(LayerStatistics(layer.num_kv_heads, layer.head_dim, proto, self.device))
+        return Statistics(out, options)
+
+    def run(self, statistics: Statistics, steps: Iterable[int], save_to: Path | None = None) -> Statistics:
+        """Add the windows `steps`; saves now and then to `save_to`, so that a killed run can go on."""
+        saved = time.monotonic()
+        for step in tqdm(list(steps), desc="calibrating", unit="window", initial=statistics.steps_done, total=self.num_steps):
+            if step < self.options.num_windows:
+                self._moments(statistics, step)
+            else:
+                self._gradients(statistics, step)
+            statistics.steps_done += 1
+            if save_to and time.monotonic() - saved > _SAVE_SECONDS:
+                statistics.save(save_to)
+                saved = time.monotonic()
+        return statistics
+
+    def _forward(self, ids: list[int], observer: Callable[[AttentionCall], None]) -> None:
+        with torch.no_grad(), observe(observer):
+            self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+
+    def _raw(self, call: AttentionCall) -> dict[str, torch.Tensor]:
+        """Key before RoPE and value as [T, H, d]."""
+        layer = self._layer_of[id(call.module)]
+        k = before_rope(call.k, layer.rope)
+        return {"k": k.transpose(0, 1), "v": call.v.float().transpose(0, 1)}
+
+    def _moments(self, statistics: Statistics, step: int) -> None:
+        length = self.options.window_length
+        gen = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+        count = min(length, -(-self.options.samples // self.options.num_windows))
+        sample = torch.randperm(length, generator=gen)[:count].to(self.device)
+
+        def observer(call: AttentionCall) -> None:
+            layer = self._layer_of[id(call.module)]
+            sums = statistics.layers[layer.index]
+            sums.add_tokens("k", before_rope(call.k, layer.rope), sample)
+            sums.add_tokens("v", call.v.float(), sample)
+            sums.add_queries(before_rope(call.q, layer.rope))
+
+        self._forward(self.corpus.window(step), observer)
+
+    def _gradients(self, statistics: Statistics, step: int) -> None:
+        ids = self.corpus.window(step)[: self.options.gradient_length]
+        gen = torch.Generator(device=self.device).manual_seed(self.options.seed * 1_000_003 + step)
+        if self.options.backward:
+            self._backward(statistics, ids, gen)
+        else:
+            self._local(statistics, ids, gen)
+
+    def _backward(self, statistics: Statistics, ids: list[int], gen: torch.Generator) -> None:
+        """Gradients of -log p(labels) with labels drawn from the model itself: their Gram is the Fisher metric."""
+        masks: dict[int, dict[str, torch.Tensor]] = {}
+
+        @torch.no_grad()
+        def forward(call: AttentionCall) -> None:
+            masks[id(call.module)] = self._ordinary(statistics, call)
+
+        def backward(module: nn.Module, dk: torch.Tensor, dv: torch.Tensor) -> None:
+            self._add_gradients(statistics, module, dk, dv, masks[id(module)])
+
+        tokens = torch.tensor([ids], device=self.device)
+        embedded = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
+        with observe_gradients(forward, backward, self.options.window):
+            logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            with torch.no_grad():
+                labels = torch.multinomial(logits.softmax(-1), 1, generator=gen)[:, 0]
+            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+
+    def _local(self, statistics: Statistics, ids: list[int], gen: torch.Generator) -> None:
+        """Gradients of random directions of each layer's output: their Gram measures the layer's output error."""
+
+        def observer(call: AttentionCall) -> None:
+            layer = self._layer_of[id(call.module)]
+            weight = layer.output_weight()
+            shape = (call.q.shape[0], call.q.shape[1], layer.head_dim)
+            if weight is None:
+                grad = torch.randn(shape, generator=gen, device=self.device)
+            else:
+                noise = torch.randn(call.q.shape[1], weight.shape[-1], generator=gen, device=self.device)
+                grad = torch.einsum("tm,hdm->htd", noise, weight.to(self.device, torch.float32))
+            q, k, v = (x.float() for x in (call.q, call.k, call.v))
+            *_, dk, dv = attention_gradients(q, k, v, grad, call.mask, call.scale, call.soft_cap, self.options.window)
+            self._add_gradients(statistics, call.module, dk, dv, self._ordinary(statistics, call))
+
+        self._forward(ids, observer)
+
+    def _ordinary(self, statistics: Statistics, call: AttentionCall) -> dict[str, torch.Tensor]:
+        layer = self._layer_of[id(call.module)]
+        sums = statistics.layers[layer.index]
+        # Tokens of the last window are never read through the cache inside this text: their gradients are zero.
+        readable = torch.arange(call.k.shape[1], device=self.device) < call.k.shape[1] - self.options.window
+        k = sums.classes("k", before_rope(call.k, layer.rope))[0]
+        return {"k": k & readable, "v": sums.classes("v", call.v.float())[0] & readable}
+
+    def _add_gradients(
+        self, stats: Statistics, module: nn.Module, dk: torch.Tensor, dv: torch.Tensor, masks: dict[str, torch.Tensor]
+    ) -> None:
+        layer = self._layer_of[id(module)]
+        stats.layers[layer.index].add_gradients("k", before_rope(dk, layer.rope), masks["k"])
+        stats.layers[layer.index].add_gradients("v", dv, masks["v"])

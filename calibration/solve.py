@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From statistics to coders: metric, basis and tables of every layer, then plans for all, then steps per plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_kqsvd.calibration.allocate import Table, allocate
+from vllm_kqsvd.calibration.basis import Basis, make_basis
+from vllm_kqsvd.calibration.frames import Frame, distance_weights
+from vllm_kqsvd.calibration.means import MeanFactors, fixed_means, key_means, logit_mean_energy
+from vllm_kqsvd.calibration.metric import kq_metric, metric
+from vllm_kqsvd.calibration.model_probe import LayerInfo
+from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, voting
+from vllm_kqsvd.calibration.statistics import LayerStatistics
+from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
+from vllm_kqsvd.ops.reference import decode, encode
+from vllm_kqsvd.plan import GROUP, SidePlan
+
+ROTATED = ("mix", "fisher", "kq", "ksvd", "eigen", "weight_svd")  # bases whose equal-bit tiers are rotated
+_TABLE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """basis: name for both sides; center: whether the mean is removed; window, context: exact recent tokens and text
+    length the logit metric assumes; seed of tier rotations and of sample offsets."""
+
+    basis: str = "mix"
+    center: bool = True
+    max_plans: int = 4
+    window: int = 64
+    context: int = 2048
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a layer before bits are chosen: means, basis, ordinary sample tokens minus mean [n, H, d] float32."""
+
+    name: str
+    means: MeanFactors
+    basis: Basis
+    tokens: torch.Tensor
+    table: Table
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A finished coder, its channel variances in metric units per side [H, d], and its predicted logit error."""
+
+    codec: LayerCodec
+    spectrum: dict[str, torch.Tensor]
+    logit_error: float
+    loss: float
+
+
+def random_rotation(size: int, gen: torch.Generator) -> torch.Tensor:
+    """Haar-random orthogonal [size, size] float64."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=gen, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def rotate_tiers(basis: Basis, tiers: Sequence[int], seed: int) -> Basis:
+    """Random rotations among channels of one tier (tiers[c] equal); error-neutral, makes the channels Gaussian.
+
+    Variances and weights are recomputed for uncorrelated channels.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    heads, dim = basis.encode.shape[:2]
+    turn = torch.zeros(heads, len(tiers), len(tiers), dtype=torch.float64)
+    labels = torch.tensor(tiers)
+    for tier in dict.fromkeys(tiers):
+        at = (labels == tier).nonzero()[:, 0]
+        for h in range(heads):
+            turn[h, at[:, None], at[None, :]] = random_rotation(len(at), gen)
+    kept = len(tiers)
+    encode_, decode_ = basis.encode[..., :kept] @ turn, turn.mT @ basis.decode[:, :kept]
+    square = turn.square().mT
+    variance = (square @ basis.variance[:, :kept, None])[..., 0]
+    weight = (square @ basis.weight[:, :kept, None])[..., 0]
+    return Basis(encode_, decode_, variance, weight)
+
+
+class LayerSolver:
+    """Solves one layer; the statistics are read once and may be dropped afterwards."""
+
+    def __init__(self, layer: LayerInfo, stats: LayerStatistics, frame: Frame, options: SolveOptions) -> None:
+        self.layer, self.frame, self.options = layer, frame, options
+        self._seed = options.seed * 10_007 + layer.index
+        gen = torch.Generator().manual_seed(self._seed)
+        samples = stats.tokens("k").shape[0]
+        self._offsets = torch.randint(0, frame.num_offsets, (samples,), generator=gen)
+        self.kq = kq_metric("k", stats, layer, frame, options.window, options.context)
+        law = distance_weights(options.window, options.context)
+        mean = stats.mean("k").cpu()
+        gram = stats.query_gram().cpu() * layer.scale**2
+        energy = torch.einsum("hde,hed->", self.kq, frame.average(stats.second_moment("k").cpu()))
+        self.logit_energy = float(energy - logit_mean_energy(mean, gram, frame, law).sum())
+        self.sides = {name: self._side(name, stats) for name in ("k", "v")}
+
+    def _side(self, name: str, stats: LayerStatistics) -> Side:
+        frame, options = self.frame, self.options
+        mean, sink = (x.cpu() for x in (stats.mean(name), stats.sink(name)))
+        if not options.center:
+            mean = sink = torch.zeros_like(mean)
+        means = key_means(mean, sink, frame) if name == "k" else fixed_means(mean, sink)
+        moment = (stats.covariance(name) if options.center else stats.second_moment(name)).cpu()
+        if name == "k":
+            moment = frame.average(moment) + means.residual
+            if options.center and frame.mode == "post":  # the mean that stays behind is part of the data
+                rotated = frame.average(stats.mean("k").cpu()[:, :, None] * stats.mean("k").cpu()[:, None, :])
+                moment = moment + rotated - means.mean.mT @ means.mean
+        kinds = {k: metric(k, name, stats, self.layer, frame, options.window, options.context) for k in self._kinds(stats)}
+        reference = kinds.get("mix", kinds["kq"])
+        weight_gram = None
+        if options.basis == "weight_svd" and (weight := self.layer.projection_weight(name)) is not None:
+            weight_gram = weight @ weight.mT
+            weight_gram = frame.average(weight_gram) if name == "k" else weight_gram
+        query_gram = frame.average(stats.query_gram().cpu()) if name == "k" else None
+        basis = make_basis(options.basis, moment, reference, kinds, query_gram, weight_gram, self._seed)
+        tokens = self._tokens(name, stats, means)
+        return Side(name, means, basis, tokens, self._table(basis, tokens))
+
+    def _kinds(self, stats: LayerStatistics) -> tuple[str, ...]:
+        has_gradients = stats.gradient_gram("k") is not None
+        return ("kq", "mix", "fisher") if has_gradients or self.options.basis == "fisher" else ("kq", "mix")
+
+    def _tokens(self, name: str, stats: LayerStatistics, means: MeanFactors) -> torch.Tensor:
+        """Ordinary sample tokens in the frame, mean removed: [n, H, d] float32, the same n for every head."""
+        x = stats.tokens(name).double()
+        if name == "k":
+            x = self.frame.apply(x, self._offsets)
+        mean, sink = means.at(self._offsets)
+        centred = x - mean
+        is_sink = (x - sink).square().sum(-1) < SINK_RATIO * centred.square().sum(-1)
+        count = int((~is_sink).sum(0).min())
+        order = torch.argsort(is_sink.to(torch.int8), dim=0, stable=True)[:count]
+        chosen = centred.gather(0, order[..., None].expand(-1, -1, x.shape[-1]))
+        return chosen.float().to(self.options.device)
+
+    def _table(self, basis: Basis, tokens: torch.Tensor) -> Table:
+        """Loss of every group of 16 channels at every code width, [d / 16, 9], summed over the KV heads."""
+        dim = basis.encode.shape[1]
+        if self.options.basis in ROTATED:  # measure what tiers will hold: rotated channels
+            basis = rotate_tiers(basis, [c // GROUP for c in range(dim)], self._seed)
+        z = torch.einsum("nhd,hdc->nhc", tokens[:_TABLE_TOKENS], basis.encode.to(tokens))
+        weight = basis.weight.to(z)
+        table = distortion_table(z, voting(z.square().mean(0), weight)) * weight[..., None].double()
+        grouped = table.reshape(table.shape[0], dim // GROUP, GROUP, -1).sum((0, 2))
+        return np.asarray(grouped.cpu().numpy(), dtype=np.float64)
+
+    def finish(self, k_plan: SidePlan, v_plan: SidePlan) -> SolvedLayer:
+        """The coder of these plans: tiers rotated, steps and guards fitted, error measured with the reference coder."""
+        k, v = (self._codec(self.sides[n], p) for n, p in (("k", k_plan), ("v", v_plan)))
+        codec = LayerCodec(k, v, self.frame.rope, self.frame.rope_block).to("cpu")
+        error = {n: self._error_gram(codec, n) for n in ("k", "v")}
+        logit = float(torch.einsum("hde,hed->", self.kq, error["k"]))
+        spectrum = {n: (s.basis.variance * s.basis.weight).float() for n, s in self.sides.items()}
+        loss = sum(
+            float(torch.einsum("hcd,hde,hce->", root, error[n], root))
+            for n in ("k", "v")
+            for root in (self._reference_root(n),)
+        )
+        return SolvedLayer(codec, spectrum, (max(logit, 0.0) / max(self.logit_energy, 1e-30)) ** 0.5, loss)
+
+    def _reference_root(self, name: str) -> torch.Tensor:
+        """Rows r with sum r r^T = the reference metric, from the basis: encode scaled by the channels' weights."""
+        basis = self.sides[name].basis
+        return (basis.encode * basis.weight.sqrt()[:, None, :]).mT
+
+    def _codec(self, side: Side, plan: SidePlan) -> SideCodec:
+        bits = [b for b in plan.group_bits for _ in range(GROUP)]
+        basis = side.basis
+        if self.options.basis in ROTATED:
+            basis = rotate_tiers(basis, bits, self._seed + 1)
+        encode_, decode_ = basis.encode[..., : plan.rank], basis.decode[:, : plan.rank]
+        z = torch.einsum("nhd,hdc->nhc", side.tokens, encode_.to(side.tokens))
+        weight = basis.weight[:, : plan.rank].to(z)
+        step, scale_weight, guard = fit_quantizer(z, torch.tensor(bits, device=z.device), weight, voting(z.square().mean(0), weight))
+        wide = step.double().cpu()
+        return SideCodec(
+            plan,
+            (encode_ / wide[:, None, :]).float(),
+            (decode_ * wide[..., None]).float(),
+            scale_weight.float().cpu(),
+            guard.float().cpu(),
+            side.means.basis.float(),
+            side.means.mean.float(),
+            side.means.sink.float(),
+        )
+
+    def _error_gram(self, codec: LayerCodec, name: str) -> torch.Tensor:
+        """Second moment of the coding error over the sample tokens, [H, d, d] float64."""
+        side, coder = self.sides[name], codec.k if name == "k" else codec.v
+        offsets = self._offsets[: side.tokens.shape[0]]
+        x = side.tokens.cpu() + side.means.at(offsets)[0].float()
+        error = (decode(*encode(x, offsets, coder), offsets, coder) - x).double()
+        return torch.einsum("nhd,nhe->hde", error, error) / error.shape[0]
+
+
+def solve(
+    layers: Sequence[LayerInfo],
+    statistics: Sequence[LayerStatistics],
+    frames: Sequence[Frame],
+    total_bytes: int,
+    options: SolveOptions,
+) -> list[SolvedLayer]:
+    """Coders of all layers, each `total_bytes` of planes per token and KV head."""
+    solvers = [LayerSolver(a, s, f, options) for a, s, f in zip(layers, statistics, frames, strict=True)]
+    plans = allocate([(s.sides["k"].table, s.sides["v"].table) for s in solvers], total_bytes, options.max_plans)
+    return [s.finish(p.k, p.v) for s, p in zip(solvers, plans, strict=True)]
+
+

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming second moments of one calibration run: sums only, so runs merge, and survive interruption exactly.
+
+Everything is before RoPE (frames.py derives every rope mode from it), in float64, per layer and KV head:
+
+| name | shape | content |
+| --- | --- | --- |
+| `{k,v}_count`, `{k,v}_sum`, `{k,v}_gram` | [H], [H, d], [H, d, d] | ordinary tokens |
+| `{k,v}_sink_count`, `{k,v}_sink_sum` | [H], [H, d] | sink tokens |
+| `q_count`, `q_gram` | [], [H, d, d] | queries, the heads of a group stacked |
+| `{k,v}_grad_count`, `{k,v}_grad_gram` | [H], [H, d, d] | gradients dL/dk, dL/dv at ordinary tokens |
+| `{k,v}_samples` | [n, H, d] float32 | tokens drawn at random, for the quantizer's tables |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_kqsvd.calibration.sinks import FIRST_ORDINARY, Prototypes
+from vllm_kqsvd.errors import CalibrationError
+
+_METADATA_KEY = "kqsvd_statistics"
+
+
+class LayerStatistics:
+    """Sums of one layer. `prototypes` decide each token's class; `device` holds the sums."""
+
+    def __init__(self, heads: int, dim: int, prototypes: dict[str, Prototypes], device: torch.device | str) -> None:
+        f64 = {"dtype": torch.float64, "device": device}
+        self.prototypes = {s: p.to(device) for s, p in prototypes.items()}
+        self.sums: dict[str, torch.Tensor] = {"q_count": torch.zeros((), **f64), "q_gram": torch.zeros(heads, dim, dim, **f64)}
+        self.samples: dict[str, list[torch.Tensor]] = {"k_samples": [], "v_samples": []}
+        for s in ("k", "v"):
+            for name in ("count", "sink_count", "grad_count"):
+                self.sums[f"{s}_{name}"] = torch.zeros(heads, **f64)
+            for name in ("sum", "sink_sum"):
+                self.sums[f"{s}_{name}"] = torch.zeros(heads, dim, **f64)
+            for name in ("gram", "grad_gram"):
+                self.sums[f"{s}_{name}"] = torch.zeros(heads, dim, dim, **f64)
+
+    def classes(self, side: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ordinary, sink) masks [H, T] of x [H, T, d]; the first positions are ordinary in neither sense."""
+        sink = self.prototypes[side].is_sink(x.transpose(0, 1)).T
+        ordinary = ~sink
+        ordinary[:, :FIRST_ORDINARY] = False
+        return ordinary, sink
+
+    def add_tokens(self, side: str, x: torch.Tensor, sample: torch.Tensor) -> None:
+        """Keys or values x [H, T, d] of one window; the tokens `sample` [n] are kept as they are."""
+        ordinary, sink = self.classes(side, x)
+        y = (x * ordinary[..., None]).double()
+        self.sums[f"{side}_count"] += ordinary.sum(-1)
+        self.sums[f"{side}_sum"] += y.sum(1)
+        self.sums[f"{side}_gram"] += y.mT @ y
+        self.sums[f"{side}_sink_count"] += sink.sum(-1)
+        self.sums[f"{side}_sink_sum"] += (x * sink[..., None]).double().sum(1)
+        self.samples[f"{side}_samples"].append(x[:, sample].transpose(0, 1).float().cpu())
+
+    def add_queries(self, q: torch.Tensor) -> None:
+        """Queries q [Hq, T, d] before RoPE; the heads of a KV head are stacked, not averaged."""
+        heads, dim = self.sums["q_gram"].shape[:2]
+        y = q[:, FIRST_ORDINARY:].double().reshape(heads, -1, dim)
+        self.sums["q_count"] += y.shape[1]
+        self.sums["q_gram"] += y.mT @ y
+
+    def add_gradients(self, side: str, grad: torch.Tensor, ordinary: torch.Tensor) -> None:
+        """Gradients [H, T, d] of a window's loss before RoPE; tokens outside `ordinary` [H, T] are left out."""
+        y = grad.double() * ordinary[..., None]
+        self.sums[f"{side}_grad_count"] += ordinary.sum(-1)
+        self.sums[f"{side}_grad_gram"] += y.mT @ y
+
+    def mean(self, side: str) -> torch.Tensor:
+        """Mean of ordinary tokens before RoPE, [H, d] float64."""
+        return self.sums[f"{side}_sum"] / self.sums[f"{side}_count"].clamp_min(1)[:, None]
+
+    def covariance(self, side: str) -> torch.Tensor:
+        """Centred covariance of ordinary tokens before RoPE, [H, d, d] float64."""
+        return self.second_moment(side) - self.mean(side)[:, :, None] * self.mean(side)[:, None, :]
+
+    def second_moment(self, side: str) -> torch.Tensor:
+        """Second moment about zero of ordinary tokens before RoPE, [H, d, d] float64."""
+        return self.sums[f"{side}_gram"] / self.sums[f"{side}_count"].clamp_min(1)[:, None, None]
+
+    def sink(self, side: str) -> torch.Tensor:
+        """Sink prototype before RoPE [H, d]: the mean of the tokens found to be sinks, else the ordinary mean."""
+        count = self.sums[f"{side}_sink_count"][:, None]
+        has = (self.prototypes[side].sink != self.prototypes[side].mean).any(-1, keepdim=True) & (count > 0)
+        return torch.where(has, self.sums[f"{side}_sink_sum"] / count.clamp_min(1), self.mean(side))
+
+    def query_gram(self) -> torch.Tensor:
+        """Second moment of the stacked queries before RoPE, [H, d, d]."""
+        return self.sums["q_gram"] / self.sums["q_count"].clamp_min(1)
+
+    def gradient_gram(self, side: str) -> torch.Tensor | None:
+        """Fisher metric [H, d, d] per token in the frame before RoPE, or None if no gradients were taken."""
+        count = self.sums[f"{side}_grad_count"][:, None, None]
+        return None if not bool((count > 0).all()) else self.sums[f"{side}_grad_gram"] / count
+
+    def tokens(self, side: str) -> torch.Tensor:
+        """The sampled tokens [n, H, d] float32."""
+        return torch.cat(self.samples[f"{side}_samples"])
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Add the sums of another run with the same prototypes over other windows."""
+        for name, value in other.sums.items():
+            self.sums[name] += value.to(self.sums[name].device)
+        for name, parts in other.samples.items():
+            self.samples[name] += parts
+
+
+class Statistics:
+    """Sums of all layers, and how many steps of the run they hold."""
+
+    def __init__(self, layers: list[LayerStatistics], options: dict[str, object], steps_done: int = 0) -> None:
+        self.layers, self.options, self.steps_done = layers, options, steps_done
+
+    def merge(self, other: Statistics) -> None:
+        """Add another run's sums (see LayerStatistics.merge)."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.merge(theirs)
+        self.steps_done += other.steps_done
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors: dict[str, torch.Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            for name, value in layer.sums.items():
+                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+            for name, parts in layer.samples.items():
+                if parts:
+                    tensors[f"{i}.{name}"] = torch.cat(parts).contiguous()
+            for side, p in layer.prototypes.items():
+                tensors[f"{i}.{side}_proto_mean"], tensors[f"{i}.{side}_proto_sink"] = p.mean.cpu(), p.sink.cpu()
+        header = json.dumps({"options": self.options, "steps_done": self.steps_done}, sort_keys=True)
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={_METADATA_KEY: header})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path, options: dict[str, object], device: torch.device | str) -> Statistics:
+        """Read a file of `save`; raises CalibrationError unless it was made with the same options."""
+        try:
+            with safe_open(path, "pt") as f:
+                header = json.loads((f.metadata() or {})[_METADATA_KEY])
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, KeyError, ValueError, SafetensorError) as e:
+            raise CalibrationError(f"{path} is not a statistics file: {e}; delete it or calibrate without --resume") from e
+        if header["options"] != json.loads(json.dumps(options)):
+            raise CalibrationError(f"{path} was made with other options or data; calibrate without --resume to start over")
+        layers = []
+        for i in range(1 + max(int(n.split(".")[0]) for n in tensors)):
+            mine = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            proto = {s: Prototypes(mine.pop(f"{s}_proto_mean"), mine.pop(f"{s}_proto_sink")) for s in ("k", "v")}
+            heads, dim = mine["q_gram"].shape[:2]
+            layer = LayerStatistics(heads, dim, proto, device)
+            layer.samples = {n: [mine.pop(n)] if n in mine else [] for n in layer.samples}
+            layer.sums = {n: t.to(device) for n, t in mine.items()}
+            layers.append(layer)
+        return cls(layers, header["options"], header["steps_done"])
