@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | test | env | lint | format | wheel | clean     (Python 3.11 or later, pip, git; everything else is fetched)
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+# auto, cpu or gpu: see requirements/make_env.py
+DEVICE ?= auto
+RUN = $(VENV)/bin/python -m
+PYTEST_ARGS ?=
+
+.PHONY: demo test env lint format wheel clean
+
+demo: env
+	@$(RUN) benchmarks.demo
+
+test: env
+	@$(RUN) pytest $(PYTEST_ARGS)
+
+env:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later was not found; name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) requirements/make_env.py --device $(DEVICE) --venv $(VENV)
+
+lint: env
+	@$(RUN) pytest tests/test_lint.py
+
+format: env
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+wheel: env
+	@rm -rf build/lib build/bdist.*
+	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist .venv *.egg-info

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user installs: the wheel's content, its entry points, a light import, and csrc/ compiling."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_kqsvd", "calibration", "csrc")
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Standard output of this interpreter."""
+    found = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, text=True, capture_output=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The pure wheel, built from a copy that holds nothing but the sources."""
+    source = tmp_path_factory.mktemp("source")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / part, source / part)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist", ".")
+    python("-m", "pip", "wheel", *options, cwd=source, KQSVD_BUILD_CUDA="0")
+    (built,) = (source / "dist").iterdir()
+    return zipfile.ZipFile(built)
+
+
+def read(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = (n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))
+    return wheel.read(path).decode()
+
+
+def test_wheel_is_pure_and_holds_the_package_alone(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"vllm_kqsvd"}
+    assert {"vllm_kqsvd/__init__.py", "vllm_kqsvd/py.typed", "vllm_kqsvd/calibration/__init__.py"} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
+    assert "Root-Is-Purelib: true" in read(wheel, "WHEEL")
+
+
+def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "vllm_kqsvd").rglob("*.py")}
+    wanted |= {f"vllm_kqsvd/{p.relative_to(ROOT)}" for p in (ROOT / "calibration").rglob("*.py")}
+    assert wanted <= set(wheel.namelist())
+
+
+def test_core_dependencies_never_pin_torch(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(read(wheel, "METADATA"))
+    core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(core) == ["numpy", "safetensors", "torch"]
+    assert set(metadata.get_all("Provides-Extra")) == {"calibrate", "ray", "xformers", "bench", "dev"}
+
+
+def test_entry_points(wheel: zipfile.ZipFile) -> None:
+    points = ConfigParser()
+    points.read_string(read(wheel, "entry_points.txt"))
+    assert dict(points["vllm.general_plugins"]) == {"kqsvd": "vllm_kqsvd.plugin:register"}
+    assert dict(points["console_scripts"]) == {"kqsvd": "vllm_kqsvd.cli:main"}
+    for target in ("vllm_kqsvd/plugin.py", "vllm_kqsvd/cli.py"):
+        assert target in wheel.namelist()
+
+
+def test_import_is_light() -> None:
+    script = (
+        "import sys, time; start = time.perf_counter(); import vllm_kqsvd, vllm_kqsvd.plan, vllm_kqsvd.layout;"
+        "took = time.perf_counter() - start; heavy = {'vllm', 'triton', 'transformers', 'torch'} & set(sys.modules);"
+        "assert not heavy, heavy; assert took < 1, took"
+    )
+    python("-c", script)
+
+
+def test_plugin_import_is_light() -> None:
+    # Every vLLM process loads the entry point before it reads its arguments.
+    script = (
+        "import sys, vllm_kqsvd.plugin; heavy = {'vllm', 'triton', 'transformers'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    python("-c", script)
+
+
+def test_a_wrong_build_switch_is_named() -> None:
+    found = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env=os.environ | {"KQSVD_BUILD_CUDA": "yes"},
+        text=True,
+        capture_output=True,
+    )
+    assert found.returncode == 1
+    assert "KQSVD_BUILD_CUDA='yes': expected 0, 1 or auto" in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_the_cuda_extension_compiles(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    python("setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), KQSVD_BUILD_CUDA="1")
+    library = tmp_path / "vllm_kqsvd" / "_C.abi3.so"
+    assert library.stat().st_size > 100_000
+    assert time.perf_counter() - start < 420
