@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Warp-level building blocks shared by the store and dequantize kernels: asynchronous copies into shared
+// memory, matrix fragments, 16-bit conversions and the turn by a rope block's start.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "instructions.cuh"
+
+namespace kqsvd {
+
+constexpr int kTile = 16;   // tokens per page tile
+constexpr int kGroup = 16;  // latent channels per group
+
+// Row stride in bytes of a 16-bit matrix of `columns` (a multiple of 16) that ldmatrix reads without conflicts.
+__host__ __device__ constexpr int padded_row(int columns) { return 2 * columns + 16; }
+
+__device__ __forceinline__ float2 unpack2(uint32_t bits, __nv_bfloat16) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+__device__ __forceinline__ float2 unpack2(uint32_t bits, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+__device__ __forceinline__ uint32_t pack2(float x, float y, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pack2(float x, float y, __half) {
+  const __half2 v = __floats2half2_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Rotations by block starts. cos and sin of block b are the product of a coarse and a fine table row,
+// b = 1024 * coarse + fine, so that 2 x 1024 rows serve every position.
+constexpr int kFineBits = 10;
+constexpr int kTurnRows = 1 << kFineBits;
+
+struct RopeTurn {
+  const float4* table;  // [2 (fine, coarse)][1024][rotary_dim / 2] (cos, sin), read as pairs
+  int rotary_dim;       // a multiple of 8; 0: no rotation
+  int block_shift;      // log2 of the rope block
+  bool interleaved;     // pairs (2i, 2i + 1); otherwise (i, i + rotary_dim / 2)
+};
+
+// A chunk is 8 elements of a row that one lane owns: 4 at `a` and 4 at `b`, so that rotated pairs stay together.
+struct Chunk {
+  int a, b;
+  bool turned;
+};
+
+__device__ __forceinline__ Chunk chunk_of(int index, const RopeTurn& rope) {
+  const bool turned = 8 * index < rope.rotary_dim;
+  if (turned && !rope.interleaved) return {4 * index, 4 * index + rope.rotary_dim / 2, true};
+  return {8 * index, 8 * index + 4, turned};
+}
+
+__device__ __forceinline__ void turn_pair(float& re, float& im, float cosine, float sine) {
+  const float u = re * cosine - im * sine;
+  im = im * cosine + re * sine;
+  re = u;
+}
+
+// Turns the 8 elements of a chunk by sign * block * T positions. Table row layout: 4 pairs of a chunk are adjacent.
+__device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, const RopeTurn& rope, float sign) {
+  const int row4 = rope.rotary_dim / 4;  // float4 per table row
+  const float4* fine = rope.table + (block & (kTurnRows - 1)) * row4 + 2 * index;
+  const float4* coarse = rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * index;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 f = __ldg(fine + i), c = __ldg(coarse + i);
+    const float cos0 = f.x * c.x - f.y * c.y, sin0 = sign * (f.x * c.y + f.y * c.x);
+    const float cos1 = f.z * c.z - f.w * c.w, sin1 = sign * (f.z * c.w + f.w * c.z);
+    if (rope.interleaved) {
+      turn_pair(x[4 * i], x[4 * i + 1], cos0, sin0);
+      turn_pair(x[4 * i + 2], x[4 * i + 3], cos1, sin1);
+    } else {
+      turn_pair(x[2 * i], x[2 * i + 4], cos0, sin0);
+      turn_pair(x[2 * i + 1], x[2 * i + 5], cos1, sin1);
+    }
+  }
+}
+
+// Scale byte: bit 7 the class, bits 0-6 a minifloat with 4 exponent and 3 mantissa bits (docs/format.md, 2).
+constexpr uint32_t kScaleBias = (127 - 8) << 23;
+
+__device__ __forceinline__ uint32_t encode_scale(float scale) {
+  const float s = fminf(fmaxf(scale, 0.00390625f), 240.0f);
+  const int code = (__float_as_int(s) - static_cast<int>(kScaleBias) + (1 << 19)) >> 20;
+  return min(max(code, 0), 127);
+}
+__device__ __forceinline__ float decode_scale(uint32_t byte) {
+  return __uint_as_float(((byte & 127u) << 20) + kScaleBias);
+}
+
+}  // namespace kqsvd

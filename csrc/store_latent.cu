@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of store_latent: checks, launch shape, dispatch over dtype.
+#include <algorithm>
+
+#include "kqsvd/check.h"
+#include "kqsvd/store.cuh"
+#include "kqsvd/turn.h"
+#include "ops.h"
+
+namespace kqsvd {
+namespace {
+
+StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool rotate, int dim, int device) {
+  const int64_t heads = x.size(1), rank = c.latent_mean.size(3), period = c.latent_mean.size(2);
+  STD_TORCH_CHECK(rank % kGroup == 0 && rank > 0 && rank <= kGroup * kMaxGroups, name, ": rank ", rank,
+                  " must be a multiple of 16 up to 256");
+  STD_TORCH_CHECK(period > 0 && (period & (period - 1)) == 0, name, ": mean period must be a power of two");
+  const int64_t groups = rank / kGroup;
+  check_tensor(c.encode, "encode", ScalarType::BFloat16, {heads, groups, dim / 16, 2, 32, 8}, device);
+  check_tensor(c.weight, "weight", ScalarType::Float, {heads, rank, 2}, device);
+  check_tensor(c.latent_mean, "latent_mean", ScalarType::Float, {heads, 2, period, rank}, device);
+  check_tensor(c.class_vector, "class_vector", ScalarType::Float, {heads, period, dim}, device);
+  check_tensor(c.class_offset, "class_offset", ScalarType::Float, {heads, period}, device);
+  check_tensor(c.plan, "plan", ScalarType::Int, {kAny}, device);
+  STD_TORCH_CHECK(c.plan.size(0) > kPlanHeader && c.plan.size(0) <= kPlanInts, name, ": plan table of ",
+                  c.plan.size(0), " integers");
+  for (const Tensor* t : {&c.encode, &c.weight, &c.latent_mean, &c.class_vector, &c.class_offset, &c.plan}) {
+    check_contiguous(*t, name);
+  }
+  StoreSide side{};
+  side.x = x.data_ptr();
+  side.token_stride = x.stride(0), side.head_stride = x.stride(1);
+  side.encode = data<const uint4>(c.encode);
+  side.weight = data<const float>(c.weight);
+  side.latent_mean = data<const float>(c.latent_mean);
+  side.class_vector = data<const float>(c.class_vector);
+  side.class_offset = data<const float>(c.class_offset);
+  side.plan = data<const int>(c.plan);
+  side.plan_ints = static_cast<int>(c.plan.size(0));
+  side.groups = static_cast<int>(groups), side.period = static_cast<int>(period), side.rotate = rotate;
+  return side;
+}
+
+constexpr int kDecodeTokens = 320;  // up to here one CTA per 16 tokens; beyond, CTAs that keep their matrix
+
+template <typename T, int WM, int MW, int GPW, int kWarpColumns>
+void launch_store(StoreParams& p, int heads, const Launch& on) {
+  constexpr int kTokens = WM * MW * 16;
+  const int tiles = (p.num_tokens + kTokens - 1) / kTokens;
+  const int groups = std::max(p.side[0].groups, p.side[1].groups);
+  const int threads = 32 * WM * ((groups + GPW - 1) / GPW);
+  const DeviceLimits& device = limits_of(on.device());
+  size_t shared = store_shared_bytes<kTokens, kWarpColumns>(p.dim, groups, true);
+  const bool fits = shared <= static_cast<size_t>(device.shared_per_block);
+  if (!fits) shared = store_shared_bytes<kTokens, kWarpColumns>(p.dim, groups, false);
+  int value_ctas = tiles;
+  p.key_ctas = tiles;
+  if (WM * MW > 1) {  // a wave of resident CTAs; keys take three products where values take two
+    const int resident = std::max<int>(1, std::min<int>(device.shared_per_multiprocessor / (shared + 1024), 1536 / threads));
+    const int per_head = std::max(2, device.multiprocessors * resident / heads);
+    const bool heavy = p.side[0].rotate;
+    p.key_ctas = std::min(tiles, std::max(1, heavy ? (per_head * 11 + 10) / 20 : per_head / 2));
+    value_ctas = std::min(tiles, std::max(1, per_head - p.key_ctas));
+  }
+  const dim3 grid(p.key_ctas + value_ctas, heads);
+  if (fits) {
+    launch(store_kernel<T, WM, MW, GPW, kWarpColumns, true>, p, grid, threads, shared, on.stream());
+  } else {
+    launch(store_kernel<T, WM, MW, GPW, kWarpColumns, false>, p, grid, threads, shared, on.stream());
+  }
+}
+
+template <typename T>
+void launch_dtype(StoreParams& p, int heads, const Launch& on) {
+  if (p.num_tokens <= kDecodeTokens) {
+    launch_store<T, 1, 1, 1, 16>(p, heads, on);
+  } else {
+    launch_store<T, 2, 2, 2, 8>(p, heads, on);
+  }
+}
+
+}  // namespace
+
+void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, std::optional<Tensor> window_pages,
+                  const Tensor& slot_mapping, std::optional<Tensor> window_slot_mapping, const Tensor& positions,
+                  const CodecTensors& k, const CodecTensors& v, const RopeTensors& rope, int64_t block_size,
+                  int64_t tile_bytes) {
+  check_tensor(key, "key", key.scalar_type(), {kAny, kAny, kAny});
+  const int device = key.get_device_index();
+  const int64_t heads = key.size(1), dim = key.size(2);
+  const ScalarType dtype = key.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "key must be bfloat16 or float16, found ",
+                  torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(dim % 16 == 0 && dim >= 16 && dim <= 256, "head_dim ", dim, " must be a multiple of 16 up to 256");
+  check_tensor(value, "value", dtype, {kAny, heads, dim}, device);
+  check_vectors(key, "key");
+  check_vectors(value, "value");
+  STD_TORCH_CHECK(block_size > 0 && block_size % kTile == 0, "block size ", block_size, " must be a multiple of 16");
+  const int64_t page_bytes = heads * (block_size / kTile) * tile_bytes;
+  check_tensor(pages, "pages", ScalarType::Byte, {kAny, page_bytes}, device);
+  STD_TORCH_CHECK(pages.stride(1) == 1 && pages.stride(0) % 16 == 0, "pages must be dense and aligned to 16 bytes");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 == 0, "pages must be aligned to 16 bytes");
+  STD_TORCH_CHECK(pages.size(0) * block_size < (int64_t(1) << 32), "more than 2^32 slots");
+  check_tensor(slot_mapping, "slot_mapping", ScalarType::Long, {kAny}, device);
+  check_tensor(positions, "positions", ScalarType::Long, {kAny}, device);
+  check_contiguous(slot_mapping, "slot_mapping");
+  check_contiguous(positions, "positions");
+  STD_TORCH_CHECK(window_pages.has_value() == window_slot_mapping.has_value(),
+                  "window_pages and window_slot_mapping go together");
+
+  StoreParams p{};
+  int64_t tokens = std::min({key.size(0), value.size(0), slot_mapping.size(0), positions.size(0)});
+  if (window_pages.has_value()) {
+    const Tensor& w = *window_pages;
+    check_tensor(w, "window_pages", dtype, {kAny, heads, kAny, 2 * dim}, device);
+    check_vectors(w, "window_pages");
+    check_tensor(*window_slot_mapping, "window_slot_mapping", ScalarType::Long, {kAny}, device);
+    check_contiguous(*window_slot_mapping, "window_slot_mapping");
+    STD_TORCH_CHECK(window_slot_mapping->size(0) >= tokens, "window_slot_mapping is shorter than slot_mapping");
+    STD_TORCH_CHECK(w.size(0) * w.size(2) < (int64_t(1) << 32), "more than 2^32 window slots");
+    p.window = w.data_ptr();
+    for (int i = 0; i < 3; ++i) p.window_stride[i] = w.stride(i);
+    p.window_block_size = static_cast<int>(w.size(2));
+    p.window_slots = data<const int64_t>(*window_slot_mapping);
+  }
+  if (tokens == 0 || heads == 0) return;
+  p.rope = turn_of(rope, device);
+  p.side[0] = side_of(key, k, "k", p.rope.rotary_dim > 0, static_cast<int>(dim), device);
+  p.side[1] = side_of(value, v, "v", false, static_cast<int>(dim), device);
+  p.pages = data<uint8_t>(pages);
+  p.page_stride = pages.stride(0);
+  p.slots = data<const int64_t>(slot_mapping);
+  p.positions = data<const int64_t>(positions);
+  p.num_tokens = static_cast<int>(tokens), p.dim = static_cast<int>(dim);
+  while ((1 << p.chunk_lanes_log2) < dim / 8) ++p.chunk_lanes_log2;
+  p.block_size = static_cast<int>(block_size), p.tiles_per_block = static_cast<int>(block_size / kTile);
+  p.tile_bytes = static_cast<int>(tile_bytes);
+  const Launch on(key);
+  if (dtype == ScalarType::BFloat16) {
+    launch_dtype<__nv_bfloat16>(p, static_cast<int>(heads), on);
+  } else {
+    launch_dtype<__half>(p, static_cast<int>(heads), on);
+  }
+}
+
+}  // namespace kqsvd
