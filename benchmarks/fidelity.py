@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "fidelity.csv"
 SINKS, WINDOW = 4, 64
 
 
-def peer_codecs(num_layers: int, ours: Projection | None) -> dict[str, object]:
+def peer_codecs(num_layers: int, ours: Projection | None, device: str = "cpu") -> dict[str, object]:
     """Every other format by name. The centred ones take their means from `ours`."""
     turbo = [peers.TurboQuantCodec(b) for b in (4, 3)]
     boundary = peers.boundary_layers(num_layers)
@@ -51,7 +51,7 @@ def peer_codecs(num_layers: int, ours: Projection | None) -> dict[str, object]:
         *(peers.RotatedLloydMaxCodec(b) for b in (4, 3)),
     ]
     if ours:
-        layers = {i: entry.codec for i, entry in ours.layers.items()}
+        layers = {i: entry.codec.to(device) for i, entry in ours.layers.items()}
         rivals = [peers.Fp8Codec(), *(peers.RotatedLloydMaxCodec(b) for b in (4, 3, 2))]
         codecs += [peers.CentredCodec(codec, layers) for codec in rivals]
     return {codec.name: codec for codec in codecs}
@@ -85,7 +85,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    codecs = peer_codecs(config.num_hidden_layers, next(iter(folders.values()), None))
+    codecs = peer_codecs(config.num_hidden_layers, next(iter(folders.values()), None), device)
     if options.methods is not None:
         codecs = {name: codec for name, codec in codecs.items() if name in options.methods}
     scored = options.context // 4

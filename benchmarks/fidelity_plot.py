@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plot of the fidelity table: KL against stored bits, one panel with exact sinks and window, one without.
+
+python -m benchmarks.fidelity_plot OUT.svg [--model NAME] [--context N] [--csv FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.fidelity import RESULTS
+
+OURS = "kqsvd"
+
+
+def family(method: str) -> str:
+    """Method name without its bit width: points of a family are joined by a line."""
+    if method.startswith(OURS):
+        return "vllm_kqsvd"
+    return re.sub(r"[-_]?\d(bit)?(-g\d+)?(_nc)?$", "", method)
+
+
+def points(rows: list[dict], window: bool) -> dict[str, list[tuple[float, float]]]:
+    """(bits, KL averaged over texts) of every family, by bits. The latest row of a text and method counts."""
+    latest: dict[tuple[str, float], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if (int(row["window"]) > 0) == window:
+            latest[row["method"], float(row["bits"])][row["text"]] = float(row["kl"])
+    out: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, bits), texts in latest.items():
+        out[family(method)].append((bits, sum(texts.values()) / len(texts)))
+    return {name: sorted(found) for name, found in sorted(out.items())}
+
+
+def main() -> None:
+    """Read the table, draw, save."""
+    from matplotlib.figure import Figure
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    with options.csv.open(newline="") as f:
+        rows = [
+            row
+            for row in csv.DictReader(f)
+            if row["model"] == options.model and int(row["context"]) == options.context and "(" not in row["method"]
+        ]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, window in zip(panels, (True, False), strict=True):
+        for name, found in points(rows, window).items():
+            style = {"linewidth": 2.5, "color": "black"} if name == "vllm_kqsvd" else {"alpha": 0.8}
+            panel.plot(*zip(*found, strict=True), "o-", label=name, **style)
+        panel.set(yscale="log", xlabel="stored bits per element of K and V")
+        panel.set_title("exact sinks and last 64 tokens" if window else "nothing exact")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("KL to the exact cache, nats per token")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{options.model}, {options.context} tokens")
+    figure.savefig(options.out)
+
+
+if __name__ == "__main__":
+    main()
