@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a loaded projection to one layer of one rank: which entry, which KV heads, which page, which window."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_kqsvd.errors import ConfigError, ProjectionFileError, UnsupportedError
+from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, load_projection
+from vllm_kqsvd.projection_model import weights_sha256
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from vllm_kqsvd.codec import LayerCodec
+    from vllm_kqsvd.config import KQSVDConfig
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, modified: float) -> Projection:
+    return load_projection(path)
+
+
+def open_projection(config: KQSVDConfig) -> Projection:
+    """The projection of this run, read once per process. Raises ConfigError, ProjectionFileError."""
+    path = config.projection
+    if not path.is_dir():
+        raise ConfigError(f"kqsvd.projection is {str(path)!r}; there is no such folder on this machine")
+    modified = max((f.stat().st_mtime for f in path.glob("kqsvd*")), default=0.0)
+    projection = _load(path, modified)
+    if config.digest and not projection.digest.startswith(config.digest):
+        raise ProjectionFileError(
+            f"projection with digest {config.digest} asked for; {path} has {projection.digest[:16]}; "
+            "give every machine the same folder, or correct kqsvd.digest"
+        )
+    return projection
+
+
+def check_served_model(projection: Projection, model: ModelConfig) -> None:
+    """Raise ProjectionFileError unless the projection belongs to the served model (weights, if local, included)."""
+    local = Path(model.model)
+    weights = weights_sha256(local) if local.is_dir() else ""
+    projection.check_model(ModelFingerprint.from_config(model.hf_config, weights))
+
+
+def entry_for(projection: Projection, layer_name: str) -> LayerEntry:
+    """The file's entry of a vLLM attention layer.
+
+    vLLM appends `.attn` to the attention module's name, and multimodal wrappers put `language_model.` somewhere
+    before; the layer's number alone never decides. Raises ProjectionFileError if the file lacks the layer.
+    """
+    name = _core_name(layer_name.removesuffix(".attn"))
+    for entry in projection.layers.values():
+        if layer_name in (entry.name, f"{entry.name}.attn") or name == _core_name(entry.name):
+            return entry
+    raise ProjectionFileError(
+        f"layer {layer_name!r} found in the model; the projection has {len(projection.layers)} layers such as "
+        f"{next(iter(projection.layers.values())).name!r}; calibrate the model that is served"
+    )
+
+
+def _core_name(name: str) -> str:
+    """The module name without the prefixes that wrappers add."""
+    wrappers = ("language_model", "text_model", "model", "llm")
+    parts = name.split(".")
+    while parts and parts[0] in wrappers:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def shard(codec: LayerCodec, num_kv_heads: int, rank: int, world_size: int, name: str) -> LayerCodec:
+    """The codec of the KV heads that `rank` of `world_size` holds (heads are split, or repeated if too few)."""
+    total = codec.num_kv_heads
+    if total == num_kv_heads:
+        return codec
+    if total == num_kv_heads * world_size:
+        return codec.heads(rank * num_kv_heads, (rank + 1) * num_kv_heads)
+    if num_kv_heads == 1 and world_size % total == 0:
+        head = rank * total // world_size
+        return codec.heads(head, head + 1)
+    raise ProjectionFileError(
+        f"layer {name!r} has {num_kv_heads} KV heads on each of {world_size} ranks; the projection has {total}; "
+        "calibrate the model that is served"
+    )
+
+
+def check_shape(codec: LayerCodec, head_size: int, block_size: int, name: str) -> None:
+    """Raise unless the codec's width and the cache's block size suit the layer."""
+    if codec.head_dim != head_size:
+        raise ProjectionFileError(
+            f"layer {name!r} has head size {head_size}; the projection has {codec.head_dim}; "
+            "calibrate the model that is served"
+        )
+    if block_size % 64:
+        raise UnsupportedError(
+            f"--block-size {block_size} asked for; latent pages hold a multiple of 64 tokens; "
+            "leave --block-size out (128) or set it to 64, 128 or 256"
+        )

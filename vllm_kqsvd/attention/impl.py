@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer: binds its projection after the weights are loaded, then only routes to the ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_kqsvd.attention import binding, refusals, window
+from vllm_kqsvd.attention.backend import KQSVDWindowBackend, backend_for
+from vllm_kqsvd.attention.metadata import KQSVDMetadata, WindowMetadata
+from vllm_kqsvd.attention.selftest import check_layer
+from vllm_kqsvd.config import KQSVDConfig
+from vllm_kqsvd.errors import KernelError, UnsupportedError
+from vllm_kqsvd.ops import LayerOps, LayerShape, make_layer_ops
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_kqsvd.codec import LayerCodec
+
+
+class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
+    """Attention over latent pages and the exact recent window.
+
+    Life: __init__ refuses what cannot work; process_weights_after_loading finds the layer's codec and puts the
+    window's shadow beside the layer; get_kv_cache_spec of the shadow (the block size is final by then) makes
+    the ops; do_kv_cache_update and forward call them.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: object,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        config = get_current_vllm_config()
+        reason = refusals.engine_refusal(config) or refusals.layer_refusal(
+            head_size=head_size,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+            sliding_window=sliding_window,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_sharing_target=kv_sharing_target_layer_name,
+            extra=extra,
+        )
+        if reason:
+            raise UnsupportedError(f"vllm_kqsvd: {reason}")
+        self.config = KQSVDConfig.from_vllm(config)
+        self.layers = config.compilation_config.static_forward_context  # filled while the model is built
+        self.model_config = config.model_config
+        self.name = ""
+        self.codec: LayerCodec | None = None
+        self._ops: LayerOps | None = None
+        self._bound: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def ops(self) -> LayerOps:
+        """The layer's kernels; there once vLLM has asked for cache specs."""
+        assert self._ops is not None, f"{self.name or 'layer'}: no projection bound"
+        return self._ops
+
+    @property
+    def graph_safe(self) -> bool:
+        """Whether decode runs from device tensors alone, so that it may be captured in a CUDA graph."""
+        safe = getattr(self.ops, "graph_safe", self.ops.name in ("cuda", "triton"))
+        return bool(safe) and not self.config.check_nan
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find this layer, its codec and its page; runs again when weights are reloaded."""
+        if self.codec is not None:
+            return
+        name, layer = next((n, x) for n, x in self.layers.items() if getattr(x, "impl", None) is self)
+        projection = binding.open_projection(self.config)
+        entry = binding.entry_for(projection, name)
+        if self.is_first():
+            self._check_model(projection)
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.codec = binding.shard(entry.codec, self.num_kv_heads, rank, world, name)
+        self.name, self.rope_mode, self.digest = name, entry.rope_mode, projection.digest
+        self.dtype, self.device = act_dtype, next(iter(layer.buffers()), torch.empty(0)).device
+        layer.attn_backend = backend_for(self.codec.plan.bytes_per_token)
+        self.shadow_name = name + window.SUFFIX
+        self.shadow = window.WindowShadow(KQSVDWindowBackend, self.num_heads, self.prepare)
+        self.layers[self.shadow_name] = self.shadow
+
+    def is_first(self) -> bool:
+        """Whether this is the first compressed layer of the model (of this pipeline stage)."""
+        return next(x.impl for x in self.layers.values() if isinstance(getattr(x, "impl", None), KQSVDImpl)) is self
+
+    def _check_model(self, projection: binding.Projection) -> None:
+        """Once per process: does the file fit the model, and is every cached layer ours?"""
+        modes = {e.rope_mode for e in projection.layers.values()}
+        if reason := refusals.rope_refusal(self.model_config, modes):
+            raise UnsupportedError(f"vllm_kqsvd: {reason}")
+        binding.check_served_model(projection, self.model_config)
+        for name, layer in self.layers.items():
+            if isinstance(layer, window.WindowShadow) or isinstance(getattr(layer, "impl", None), KQSVDImpl):
+                continue
+            if hasattr(layer, "get_kv_cache_spec"):
+                raise UnsupportedError(
+                    f"vllm_kqsvd: layer {name!r} ({type(layer).__name__}) keeps its cache in another form; models "
+                    "that mix kinds of attention are not supported yet; serve it without --attention-backend CUSTOM"
+                )
+
+    def prepare(self, config: VllmConfig) -> window.WindowSpec:
+        """Make the ops for the final block size (once) and return the window group's spec."""
+        if self._ops is not None:  # vLLM asks again; later it overwrites block_size with the smallest group's
+            return self.window_spec
+        codec, block_size = self.codec, config.cache_config.block_size
+        assert codec is not None
+        binding.check_shape(codec, self.head_size, block_size, self.name)
+        token_bytes = self.num_kv_heads * 2 * self.head_size * self.dtype.itemsize
+        page_bytes = codec.layout.page_bytes(self.num_kv_heads, block_size)
+        size = window.window_block_size(page_bytes, token_bytes)
+        shape = LayerShape(
+            self.num_heads, self.num_kv_heads, self.head_size, block_size, size,
+            self.scale, self.dtype, self.config.window, self.soft_cap,
+        )  # fmt: skip
+        self._ops = make_layer_ops(codec, shape, self.device, self.config.implementation)
+        if self.config.self_test:
+            check_layer(self._ops, codec, self.device, self.name)
+        self.window_spec = window.WindowSpec(
+            block_size=size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=torch.uint8,
+            state_content_bytes=2 * self.head_size * self.dtype.itemsize,
+            page_size_padded=page_bytes,
+            sliding_window=self.config.window + window.TILE - 1,  # windows start at whole tiles
+            max_decode_len=1 + config.num_speculative_tokens,
+        )
+        return self.window_spec
+
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latent pages [blocks, page_bytes] uint8, exact pages [blocks, H, size, 2 d]) of the bound caches."""
+        if self._bound is None or self._bound[0].data_ptr() != kv_cache.data_ptr():
+            shape, codec = self.ops.shape, self.ops.codec
+            exact = self.shadow.kv_cache.view(torch.uint8)
+            heads, size, width = shape.num_kv_heads, shape.window_block_size, 2 * shape.head_dim
+            row = width * shape.dtype.itemsize
+            rows = torch.as_strided(exact, (exact.shape[0], heads * size * row), (exact.stride(0), 1))
+            page = codec.layout.page_bytes(heads, shape.block_size)
+            latent = torch.as_strided(kv_cache, (kv_cache.shape[0], page), (kv_cache.stride(0), 1))
+            self._bound = latent, rows.view(shape.dtype).unflatten(1, (heads, size, width))
+        return self._bound
+
+    def do_kv_cache_update(
+        self,
+        layer: Attention,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Code the step's keys and values [N, H, d] into latent pages and copy them into window pages."""
+        context = get_forward_context()
+        metadata = _of(context.attn_metadata, self.name)
+        if metadata is None:
+            return  # a profiling run
+        latent, exact = self._pages(kv_cache)
+        window_slots = _of(context.slot_mapping, self.shadow_name)
+        self.ops.store(key, value, latent, exact, slot_mapping, window_slots, metadata.step.positions)
+
+    def forward(
+        self,
+        layer: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KQSVDMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the step's rows, written to `output` [N, Hq, d] in place."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        shadow: WindowMetadata = _of(get_forward_context().attn_metadata, self.shadow_name)
+        step = attn_metadata.with_window(shadow)
+        latent, exact = self._pages(kv_cache)
+        self.ops.attend(query, key, value, latent, exact, step, output)
+        if self.config.check_nan and not bool(torch.isfinite(output[: step.num_tokens]).all()):
+            raise KernelError(
+                f"layer {self.name!r} ({self.ops.name}) returned values that are not finite; "
+                "run again with kqsvd.implementation 'reference' to tell a kernel's fault from the model's"
+            )
+        return output
+
+
+def _of(by_layer: object, name: str):
+    """Value of a layer in vLLM's per-layer dict (or the first of a list of them); None while profiling."""
+    if isinstance(by_layer, list):
+        by_layer = by_layer[0]
+    return by_layer.get(name) if isinstance(by_layer, dict) else None

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up check of a layer's kernels: store and attend on random rows, against the reference, real codec."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kqsvd.errors import KernelError
+from vllm_kqsvd.ops import LayerOps, LayerShape, Step
+from vllm_kqsvd.ops.eager import ReferenceOps
+
+TOLERANCE = {torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.05}  # relative error of the output
+
+
+def _rows(codec, tokens: int, shape: LayerShape, device: torch.device, gen: torch.Generator) -> list[torch.Tensor]:
+    """Query, key, value rows about as far from the codec's mean as its step size expects."""
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    noise = [torch.randn(tokens, n, shape.head_dim, generator=gen) for n in heads]
+    for x, side in zip(noise[1:], (codec.k, codec.v), strict=True):
+        x *= side.decode.norm(dim=(1, 2)).cpu()[:, None] / side.decode.shape[1] ** 0.5
+        x += (side.mean_basis[0] @ side.mean).cpu()
+    return [x.to(device, shape.dtype) for x in noise]
+
+
+def _step(tokens: int, total: int, table: torch.Tensor, window: torch.Tensor) -> Step:
+    """One request of `total` positions whose last `tokens` are this step's."""
+    device = table.device
+    start = torch.tensor([0, tokens], dtype=torch.int32)
+    length = torch.tensor([total], dtype=torch.int32)
+    decodes = int(tokens == 1)
+    return Step(
+        tokens, 1, decodes, decodes, 1, total, start.to(device), start, length.to(device), length,
+        table, window, torch.arange(total - tokens, total, device=device),
+    )  # fmt: skip
+
+
+def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, device: torch.device) -> torch.Tensor:
+    """Outputs of the second prompt chunk's last row and of one decoded token (both see latents and the window)."""
+    shape, codec = ops.shape, ops.codec
+    total = rows[0].shape[0]
+    blocks = 2 + total // shape.block_size
+    pages = torch.zeros(
+        blocks, codec.layout.page_bytes(shape.num_kv_heads, shape.block_size), dtype=torch.uint8, device=device
+    )
+    size = shape.window_block_size
+    count = 2 + total // size
+    exact = torch.zeros(count, shape.num_kv_heads, size, 2 * shape.head_dim, dtype=shape.dtype, device=device)
+    table = torch.arange(1, blocks, dtype=torch.int32, device=device)[None]
+    window = torch.arange(1, count, dtype=torch.int32, device=device)[None]
+    outputs, at = [], 0
+    plan_step = getattr(ops, "plan_step", None)
+    for end in (prompt, total - 1, total):
+        query, key, value = (x[at:end] for x in rows)
+        step = _step(end - at, end, table, window)
+        if plan_step is not None:
+            from dataclasses import replace
+
+            step = replace(step, plan=plan_step(step))
+        slots = step.positions + shape.block_size
+        ops.store(key, value, pages, exact, slots, step.positions + size, step.positions)
+        out = torch.empty_like(query)
+        ops.attend(query, key, value, pages, exact, step, out)
+        outputs.append(out[-1].float())
+        at = end
+    return torch.stack(outputs[1:]).cpu()
+
+
+def check_layer(ops: LayerOps, codec, device: torch.device, name: str) -> None:
+    """Raise KernelError, naming the layer, if the ops disagree with the reference or return NaN."""
+    if isinstance(ops, ReferenceOps) and type(ops) is ReferenceOps:
+        return
+    shape = ops.shape
+    prompt = shape.window + 24
+    gen = torch.Generator().manual_seed(0)
+    rows = _rows(codec, prompt + 10, shape, device, gen)
+    try:
+        got = _run(ops, rows, prompt, device)
+    except (RuntimeError, ValueError) as e:
+        raise KernelError(f"layer {name!r}: kernels {ops.name!r} failed the start-up self-test: {e}") from e
+    want = _run(ReferenceOps(codec.to(device), shape), rows, prompt, device)
+    error = float((got - want).norm() / want.norm().clamp_min(1e-6))
+    if not error <= TOLERANCE[shape.dtype]:
+        raise KernelError(
+            f"layer {name!r}: kernels {ops.name!r} differ from the reference by {error:.3g} (relative) in the start-up "
+            "self-test; set kqsvd.implementation to another one, and report this"
+        )
