@@ -7,7 +7,6 @@ Written once by the calibrator, read at every boot. `load_projection` trusts not
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ __all__ = [
     "save_projection",
 ]
 
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+_WRAPPERS = frozenset(("language_model", "text_model", "model", "llm"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,23 +75,24 @@ class Projection:
     created_by: str = __version__
 
     def find(self, name: str) -> LayerEntry | None:
-        """The entry of an attention module of the HF model or of vLLM (`...layers.3.self_attn.attn`).
+        """The entry of an attention module, by its name in the HF model or in vLLM (`...self_attn.attn`).
 
-        None for a layer the file does not know, such as those of a draft model.
+        Wrappers' prefixes do not count. None for a layer the file does not know, such as a draft model's.
         """
+        core = _core_name(name.removesuffix(".attn"))
         for entry in self.layers.values():
-            if name == entry.name or name == f"{entry.name}.attn":
+            if name == entry.name or core == _core_name(entry.name):
                 return entry
-        match = _LAYER_NUMBER.search(name)
-        return self.layers.get(int(match[1])) if match else None
+        return None
 
     def layer(self, name: str) -> LayerEntry:
         """As `find`, but raises ProjectionFileError."""
         entry = self.find(name)
         if entry is None:
             raise ProjectionFileError(
-                f"layer {name!r} asked for; the projection has layers 0 to {len(self.layers) - 1} "
-                f"of {self.model.architecture}; calibrate the model that is served"
+                f"layer {name!r} asked for; the projection has {len(self.layers)} layers of "
+                f"{self.model.architecture}, such as {next(iter(self.layers.values())).name!r}; "
+                "calibrate the model that is served"
             )
         return entry
 
@@ -134,6 +134,14 @@ class Projection:
         """Bytes of an uncompressed cache over latent bytes, per token; the exact window not counted."""
         plain = sum(2 * e.codec.num_kv_heads * e.codec.head_dim for e in self.layers.values())
         return element_size * plain / self.bytes_per_token
+
+
+def _core_name(name: str) -> str:
+    """The module name without the prefixes that wrappers add."""
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def save_projection(projection: Projection, out_dir: str | Path) -> str:

@@ -13,10 +13,11 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from vllm_kqsvd.codec import LayerCodec, SideCodec
 from vllm_kqsvd.errors import KQSVDError, ProjectionFileError
@@ -24,6 +25,7 @@ from vllm_kqsvd.projection import LayerEntry, Projection
 from vllm_kqsvd.projection_model import ModelFingerprint
 from vllm_kqsvd.projection_rope import RopeSetting
 from vllm_kqsvd.projection_schema import (
+    FORMAT,
     MAX_HEADER_BYTES,
     SIDES,
     Header,
@@ -36,7 +38,6 @@ from vllm_kqsvd.projection_schema import (
 
 TENSOR_FILE = "kqsvd.safetensors"
 CONFIG_FILE = "kqsvd_config.json"
-_TORCH_DTYPE = {"F32": torch.float32, "F64": torch.float64}
 SIDE_TENSORS = ("encode", "decode", "scale_weight", "guard_weight", "mean_basis", "mean", "sink")
 
 
@@ -57,41 +58,47 @@ def _read(folder: Path) -> Projection:
     file = folder / TENSOR_FILE
     if not file.exists():
         raise ProjectionFileError(f"has no {TENSOR_FILE}; give a folder written by `kqsvd calibrate`")
-    raw, data_bytes = _raw_header(file)
-    metadata = raw.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("kqsvd"), str):
-        raise fail(f"{TENSOR_FILE} has no `kqsvd` header")
-    data = parse_json(metadata["kqsvd"])
-    header = parse_header(data)
-    check_declared(raw, header, data_bytes)
-    _check_config(folder / CONFIG_FILE, data)
+    with _open_regular(file) as f:
+        raw, start, data_bytes = _raw_header(f)
+        metadata = raw.pop("__metadata__", None)
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(FORMAT), str):
+            raise fail(f"{TENSOR_FILE} has no `{FORMAT}` header")
+        data = parse_json(metadata[FORMAT])
+        header = parse_header(data)
+        check_declared(raw, header, data_bytes)
+        _check_config(folder / CONFIG_FILE, data)
+        f.seek(0)
+        content = f.read(start + data_bytes)  # a copy: the file may change under us, a mapping would too
     try:
-        with safe_open(file, framework="pt") as f:
-            tensors = {name: f.get_tensor(name).clone() for name in sorted(raw)}
-    except SafetensorError as e:
+        tensors = load(content)
+    except (SafetensorError, ValueError, RuntimeError) as e:
         raise fail(f"{TENSOR_FILE} is not a safetensors file ({str(e)[:80]})") from e
-    if digest_of(tensors, data) != header.digest:
+    if tensors.keys() != raw.keys() or digest_of(tensors, data) != header.digest:
         raise fail("the digest does not match the content")
     return assemble(header, tensors)
 
 
-def _raw_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(JSON of a safetensors header, bytes after it) of a regular file."""
-    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block us
-    with os.fdopen(fd, "rb") as f:
-        info = os.fstat(f.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise ProjectionFileError(f"{TENSOR_FILE} is not a regular file")
-        length = int.from_bytes(f.read(8), "little")
-        rest = info.st_size - 8 - length
-        if info.st_size < 8 or rest < 0:
-            raise fail(f"{TENSOR_FILE} is truncated: {info.st_size} bytes")
-        if length > MAX_HEADER_BYTES:
-            raise fail(f"{TENSOR_FILE} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-        text = f.read(length)
+def _open_regular(file: Path) -> BinaryIO:
+    """Open for reading; a pipe, device or folder is refused at once. Symbolic links are followed."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ProjectionFileError(f"{file.name} is not a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def _raw_header(f: BinaryIO) -> tuple[dict[str, Any], int, int]:
+    """(JSON of a safetensors header, its end, bytes after it)."""
+    size = os.fstat(f.fileno()).st_size
+    length = int.from_bytes(f.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise fail(f"{TENSOR_FILE} is truncated: {size} bytes")
+    if length > MAX_HEADER_BYTES:
+        raise fail(f"{TENSOR_FILE} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    text = f.read(length)
     if len(text) != length:
         raise fail(f"{TENSOR_FILE} is truncated")
-    return parse_json(text), rest
+    return parse_json(text), 8 + length, size - 8 - length
 
 
 def check_declared(raw: dict[str, Any], header: Header, data_bytes: int) -> None:
@@ -133,10 +140,7 @@ def _check_config(file: Path, data: dict[str, Any]) -> None:
     """kqsvd_config.json, where it is there, says the same as the header."""
     if not file.exists() and not file.is_symlink():
         return
-    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            raise ProjectionFileError(f"{CONFIG_FILE} is not a regular file")
+    with _open_regular(file) as f:
         text = f.read(MAX_HEADER_BYTES + 1)
     if canonical(parse_json(text)) != canonical(data):
         raise fail(f"{CONFIG_FILE} and the header of {TENSOR_FILE} differ")

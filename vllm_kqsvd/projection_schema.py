@@ -22,10 +22,11 @@ FORMAT = "kqsvd"
 SCHEMA_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_ROPE_BLOCK = 1024, 1024, 1024, 1 << 16
-MAX_TENSOR_BYTES = 16 << 30
+MAX_GROUPS, MAX_PLANES = MAX_HEAD_DIM // GROUP, 128  # 128 half planes fill 64 groups of 8 bits
+MAX_TENSOR_BYTES = 4 << 30
 ROPE_MODES = ("page", "pre", "post", "none")
 SIDES = ("k", "v")
-_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
+_NAME = re.compile(r"[A-Za-z0-9_.+\-]{1,256}")
 _HEX = re.compile(r"([0-9a-f]{64})?")
 
 
@@ -218,18 +219,18 @@ def _layer(data: dict[str, Any], index: int, rope: list[tuple[int, bool, str, di
 
 
 def _plan(data: Any, index: int, side: str) -> SidePlan:
-    good = isinstance(data, list) and len(data) <= 8 * MAX_HEAD_DIM
-    for plane in data if good else ():
-        good = good and isinstance(plane, list) and len(plane) == 2 and isinstance(plane[1], list)
-        good = good and all(type(x) is int and 0 <= x < MAX_HEAD_DIM for x in [plane[0], *plane[1]])
-        if not good:
-            break
-    if not good:
+    if not isinstance(data, list) or len(data) > MAX_PLANES or not all(map(_is_plane, data)):
         raise fail(f"layer {index} has no {side} plan of the form [[num_bits, [group, ...]], ...]")
     try:
         return SidePlan.from_json(data)
     except PlanError as e:
         raise fail(f"layer {index}, {side} plan: {str(e)[:200]}") from e
+
+
+def _is_plane(x: Any) -> bool:
+    if not isinstance(x, list) or len(x) != 2 or not isinstance(x[1], list):
+        return False
+    return all(type(n) is int and 0 <= n < MAX_GROUPS for n in [x[0], *x[1]])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
