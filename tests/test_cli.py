@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kqsvd command: verbs, exit codes, JSON on stdout and nothing else there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.projections import tiny_projection, write_model
+from vllm_kqsvd import __version__, cli, doctor
+from vllm_kqsvd.errors import CalibrationError
+from vllm_kqsvd.projection import ModelFingerprint, save_projection
+
+GOLDEN = str(Path(__file__).parent / "data" / "projection_v1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its projection in the folder `kqsvd` beside its config."""
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    save_projection(tiny_projection(ModelFingerprint.from_hf(folder)), folder / "kqsvd")
+    return folder
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("calibrate", "inspect", "verify", "plan", "doctor"))
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"vllm_kqsvd {__version__}"
+
+
+@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["inspect"], ["inspect", GOLDEN, "--nonsense"]])
+def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert "usage: kqsvd" in capsys.readouterr().err
+
+
+def test_refusals_exit_with_1_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["inspect", str(tmp_path)], ["inspect", "/nowhere", "--json"], ["inspect", GOLDEN, "--context", "0"]):
+        assert cli.main(argv) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("kqsvd: error: ") and err.count("\n") == 1
+
+
+def test_light_verbs_do_not_import_heavy_packages() -> None:
+    code = (
+        "import sys; from vllm_kqsvd.cli import main; main(['--help']); main(['inspect', '--help']);"
+        "main(['doctor', '--help']); bad = {'torch', 'vllm', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_a_verb_brings_arguments_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    verb = ModuleType("fake_verb")
+    verb.add_arguments = lambda parser: parser.add_argument("model")  # type: ignore[attr-defined]
+    verb.run = lambda args: seen.append(args.model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm_kqsvd.calibration.cli", verb)
+    monkeypatch.setattr(cli, "import_module", lambda name: sys.modules[name])
+    assert cli.main(["calibrate", "M"]) == 0 and seen == ["M"]
+
+    def refuse(args: object) -> int:
+        raise CalibrationError("no text")
+
+    verb.run = refuse  # type: ignore[attr-defined]
+    assert cli.main(["calibrate", "M"]) == 1
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    monkeypatch.setattr(cli, "import_module", missing)
+    assert cli.main(["calibrate", "M"]) == 1
+    assert "needs the Python package 'tqdm'; pip install tqdm" in capsys.readouterr().err
+
+
+def test_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_kqsvd.inspect_projection.run", interrupt)
+    assert cli.main(["inspect", GOLDEN]) == 1
+    assert capsys.readouterr().err == "kqsvd: interrupted\n"
+
+
+def test_inspect_counts_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", GOLDEN, "--json", "--context", "1000"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    # 16 channels of 8 and of 4 bits and two scale bytes, one head, two layers; plain: 16 * 2 elements of 2 bytes
+    assert [e["bytes_per_token"] for e in data["layers"]] == [16 + 8 + 2] * 2
+    total = data["total"]
+    assert total["bytes_per_token"] == 52 and total["bytes_per_token_bf16"] == 128
+    assert total["bits_per_element"] == 16 * 52 / 128
+    assert total["window_bytes_per_sequence"] == 80 * 128
+    assert total["compression_ratio"] == pytest.approx(128 * 1000 / (52 * 1000 + 80 * 128))
+    assert data["layers"][0]["group_bits"] == {"k": [8], "v": [4]} and data["layers"][1]["predicted_error"] == 0.25
+
+
+def test_inspect_prints_a_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(model / "kqsvd"), "--model", str(model)]) == 0
+    text = capsys.readouterr().out
+    assert "page  32  kq/fisher  62      44" in text and "exact window of 64 tokens counted" in text
+
+
+def test_doctor_finds_all_in_order(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_plugin", lambda: [doctor.Check("plugin", "ok", "")])  # needs an installed package
+    assert cli.main(["doctor", "--model", str(model), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    status = {c["name"]: c["status"] for c in data["checks"]}
+    assert data["ok"] and status["projection"] == status["model"] == status["implementation"] == "ok"
+    assert data["serve_command"] == f"vllm serve {model} --attention-backend CUSTOM"
+    assert cli.main(["doctor", "--model", str(model), "--projection", str(model / "kqsvd")]) == 0
+    text = capsys.readouterr().out
+    assert f"""--additional-config '{{"kqsvd": {{"projection": "{model}/kqsvd"}}}}'""" in text
+
+
+def test_doctor_fails_with_1_and_goes_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[doctor.Check]:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "_implementations", broken)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other = write_model(tmp_path / "other", seed=1)
+    assert cli.main(["doctor", "--model", str(other), "--projection", str(model / "kqsvd"), "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    details = {c["name"]: (c["status"], c["detail"]) for c in data["checks"]}
+    assert details["implementation"][0] == "fail" and "libcudart" in details["implementation"][1]
+    assert details["model"][0] == "fail" and "weights" in details["model"][1]
+    assert str(tmp_path) not in json.dumps(data)  # the home folder names the user
+    assert cli.main(["doctor", "--projection", str(tmp_path)]) == 1
+    assert "FAIL  projection" in capsys.readouterr().out
+
+
+def test_doctor_explains_an_invisible_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [])
+    (check,) = doctor._plugin()
+    assert check.status == "fail" and "vllm.general_plugins" in check.detail
+    entry = doctor.metadata.EntryPoint("kqsvd", "vllm_kqsvd.plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [entry])
+    assert doctor._plugin()[0].status == "ok"
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert doctor._plugin()[0].status == "fail"
