@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the kernels of csrc/kqsvd on a CPU: every thread of a block is a fiber, block barriers and warp collectives are
+// rendezvous, and the instructions of instructions.cuh are written out from their definition. Slow, and exact in its
+// indices; it catches wrong addresses, missing rows and wrong fragments where there is no GPU. It does not catch races.
+#pragma once
+
+#define KQSVD_INSTRUCTIONS_CUH  // replaced below
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+namespace emulator {
+
+struct Warp {
+  int arrived = 0, generation = 0;
+  uint32_t lane_data[32][16];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  dim3 thread;
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline ucontext_t scheduler;
+inline int current, block_arrived, block_generation;
+inline std::function<void()> body;
+inline dim3 block_index, block_size, grid_size;
+
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+inline void rendezvous(int& arrived, int& generation, int count) {
+  const int mine = generation;
+  if (++arrived == count) {
+    arrived = 0, ++generation;
+  } else {
+    while (generation == mine) yield();
+  }
+}
+
+inline Warp& my_warp() { return warps[current / 32]; }
+inline int my_lane() { return current % 32; }
+inline void sync_warp() { rendezvous(my_warp().arrived, my_warp().generation, 32); }
+
+inline void entry() {
+  body();
+  fibers[current].done = true;
+  while (true) yield();
+}
+
+template <typename Kernel, typename Params>
+void launch(Kernel kernel, const Params& params, dim3 grid, int threads, char* shared, size_t shared_bytes) {
+  grid_size = grid, block_size = dim3(threads);
+  body = [&] { kernel(params); };
+  for (unsigned by = 0; by < grid.y; ++by) {
+    for (unsigned bx = 0; bx < grid.x; ++bx) {
+      block_index = dim3(bx, by);
+      std::memset(shared, 0xff, shared_bytes);  // NaN in every format
+      fibers = std::vector<Fiber>(threads);
+      warps = std::vector<Warp>(threads / 32);
+      block_arrived = block_generation = 0;
+      for (int i = 0; i < threads; ++i) {
+        Fiber& f = fibers[i];
+        f.stack = std::make_unique<char[]>(64 << 10);
+        f.thread = dim3(i);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = 64 << 10;
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, entry, 0);
+      }
+      for (int left = threads; left > 0;) {
+        for (int i = 0; i < threads; ++i) {
+          if (fibers[i].done) continue;
+          current = i;
+          swapcontext(&scheduler, &fibers[i].context);
+          left -= fibers[i].done;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::fibers[emulator::current].thread)
+#define blockIdx (emulator::block_index)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+inline void __syncthreads() {
+  emulator::rendezvous(emulator::block_arrived, emulator::block_generation, static_cast<int>(emulator::fibers.size()));
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  emulator::Warp& w = emulator::my_warp();
+  std::memcpy(w.lane_data[emulator::my_lane()], &value, sizeof(T));
+  emulator::sync_warp();
+  std::memcpy(&value, w.lane_data[emulator::my_lane() ^ mask], sizeof(T));
+  emulator::sync_warp();
+  return value;
+}
+
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline float __uint_as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline int __float_as_int(float x) {
+  int y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline void __trap() {
+  std::fprintf(stderr, "trap in an emulated kernel\n");
+  std::abort();
+}
+
+namespace kqsvd {
+
+inline void copy_async_16(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) __trap();
+  std::memcpy(shared, global, 16);
+}
+inline void copy_async_wait() {}
+
+inline void load_fragment_a(uint32_t (&a)[4], const char* tile, int stride, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&a[i], tile + (g + 8 * (i & 1)) * stride + 4 * t + 16 * (i >> 1), 4);
+  }
+}
+
+// D = A B + C with A [16][16], B [16][8]; lane 4 g + t holds, of A, (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
+// and their right neighbours, of B rows 2t, 2t + 1 and 2t + 8, 2t + 9 of column g, of C (g, 2t), (g + 8, 2t).
+template <typename Value>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Value value) {
+  emulator::Warp& w = emulator::my_warp();
+  const int lane = emulator::my_lane(), g = lane / 4, t = lane % 4;
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::memcpy(w.lane_data[lane], mine, sizeof(mine));
+  emulator::sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i >> 1), column = 2 * t + (i & 1);
+    double sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2, high = k / 8, odd = k % 2;
+      const uint32_t x = w.lane_data[4 * (row % 8) + pair][(row / 8) + 2 * high];
+      const uint32_t y = w.lane_data[4 * column + pair][4 + high];
+      sum += double(value(uint16_t(odd ? x >> 16 : x))) * value(uint16_t(odd ? y >> 16 : y));
+    }
+    c[i] = static_cast<float>(c[i] + sum);
+  }
+  emulator::sync_warp();
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint16_t x) { return __uint_as_float(uint32_t(x) << 16); });
+}
+inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint16_t x) {
+    __half_raw raw;
+    raw.x = x;
+    return __half2float(__half(raw));
+  });
+}
+
+alignas(16) inline char memory[256 << 10];  // the kernels' dynamic shared memory
+
+}  // namespace kqsvd

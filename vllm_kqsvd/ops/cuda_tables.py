@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's constants in the form the CUDA store and dequantize kernels read: fragment images, plan tables, rotations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
+from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.layout import TILE, LatentLayout
+from vllm_kqsvd.ops.rope_block import RopeSpec
+from vllm_kqsvd.plan import GROUP
+
+MAX_GROUPS = 16
+MAX_PLANES = 32
+TURN_ROWS = 1024  # coarse and fine rows: 2^20 rope blocks
+
+
+def plan_table(layout: LatentLayout, side: str) -> torch.Tensor:
+    """The side's plan as csrc/kqsvd/plan_table.cuh reads it: [20 + 20 planes] int32."""
+    plan = layout.side(side)
+    table = [plan.num_groups, len(plan.planes), layout.scale_offset[side], 0]
+    table += [*plan.group_bits, *[0] * (MAX_GROUPS - plan.num_groups)]
+    for p, (plane, base) in enumerate(zip(plan.planes, layout.plane_offsets[side], strict=True)):
+        pad = [0] * (8 - len(plane.groups))
+        table += [plane.num_bits, int(plane.is_half), base, len(plane.groups)]
+        table += [*plane.groups, *pad, *(plan.shift(p, g) for g in plane.groups), *pad]
+    return torch.tensor(table, dtype=torch.int32)
+
+
+def encode_image(encode: torch.Tensor) -> torch.Tensor:
+    """encode [H, d, R] -> [H, R / 16, d / 16, 2, 32, 8] bf16: B fragments of `mma.m16n8k16`, high and low terms.
+
+    Lane 4 g + t holds, for each of the group's two n-tiles, rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g.
+    """
+    heads, dim, rank = encode.shape
+    high = encode.to(torch.bfloat16)
+    low = (encode.double() - high.double()).to(torch.bfloat16)
+    x = torch.stack((high, low), 1).view(heads, 2, dim // 16, 2, 4, 2, rank // 16, 2, 8)
+    x = x.permute(0, 6, 2, 1, 8, 4, 7, 3, 5)  # head, group, step, term, g, t, tile, half, pair
+    return x.reshape(heads, rank // 16, dim // 16, 2, 32, 8).contiguous()
+
+
+def decode_image(decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode [H, R, d] -> ([H, d / 16, R / 16, 32, 8] fp16 B fragments over the unit, unit [H] float32 power of two)."""
+    heads, rank, dim = decode.shape
+    peak = decode.double().abs().amax((1, 2)).clamp_min(2.0**-100)
+    unit = torch.exp2(torch.floor(torch.log2(peak)))
+    x = (decode.double() / unit[:, None, None]).half()
+    x = x.view(heads, rank // 16, 2, 4, 2, dim // 16, 2, 8)
+    x = x.permute(0, 5, 1, 7, 3, 6, 2, 4)  # head, column, group, g, t, tile, half, pair
+    return x.reshape(heads, dim // 16, rank // 16, 32, 8).contiguous(), unit.float()
+
+
+_TURNS: dict[tuple[object, ...], torch.Tensor] = {}
+
+
+def turn_table(rope: RopeSpec, rope_block: int, device: torch.device) -> torch.Tensor:
+    """(cos, sin) of fine and coarse block starts, [2, 1024, rotary_dim / 2, 2] float32; shared by equal layers."""
+    freq = rope.inv_freq.to("cpu", torch.float64)
+    key = (freq.numpy().tobytes(), rope_block, str(device))
+    if key not in _TURNS:
+        starts = torch.arange(TURN_ROWS, dtype=torch.float64) * rope_block
+        angle = torch.stack((starts, starts * TURN_ROWS))[..., None] * freq
+        _TURNS[key] = torch.stack((angle.cos(), angle.sin()), -1).float().to(device)
+    return _TURNS[key]
+
+
+@dataclass(frozen=True)
+class SideTables:
+    """Constants of one side; shapes in csrc/store_latent.cu and csrc/dequantize.cu."""
+
+    encode: torch.Tensor
+    weight: torch.Tensor
+    latent_mean: torch.Tensor
+    class_vector: torch.Tensor
+    class_offset: torch.Tensor
+    plan: torch.Tensor
+    decode: torch.Tensor
+    decode_unit: torch.Tensor
+    mean: torch.Tensor
+    first_byte: int
+    num_bytes: int
+
+    @property
+    def encoder(self) -> tuple[torch.Tensor, ...]:
+        """Arguments of store_latent."""
+        return (self.encode, self.weight, self.latent_mean, self.class_vector, self.class_offset, self.plan)
+
+    @property
+    def decoder(self) -> tuple[torch.Tensor | int, ...]:
+        """Arguments of dequantize."""
+        return (self.decode, self.decode_unit, self.mean, self.plan, self.first_byte, self.num_bytes)
+
+
+def side_tables(side: SideCodec, layout: LatentLayout, name: str) -> SideTables:
+    """Constants of side `name` ("k" or "v") on the codec's device."""
+    both = torch.stack((side.mean, side.sink), 1).double()  # [H, 2, M, d]
+    mean = torch.einsum("pm,hcmd->hcpd", side.mean_basis.double(), both)
+    ordinary, sink = mean.unbind(1)
+    image, unit = decode_image(side.decode)
+    return SideTables(
+        encode=encode_image(side.encode),
+        weight=torch.stack((side.scale_weight, side.guard_weight), -1).float().contiguous(),
+        latent_mean=torch.einsum("hcpd,hdr->hcpr", mean, side.encode.double()).float().contiguous(),
+        class_vector=(2 * (sink - SINK_RATIO * ordinary)).float().contiguous(),
+        class_offset=(sink.square().sum(-1) - SINK_RATIO * ordinary.square().sum(-1)).float().contiguous(),
+        plan=plan_table(layout, name).to(side.encode.device),
+        decode=image,
+        decode_unit=unit,
+        mean=mean.float().contiguous(),
+        first_byte=layout.plane_offsets[name][0],
+        num_bytes=TILE * layout.side(name).bytes_per_token,
+    )
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """Constants of a layer."""
+
+    k: SideTables
+    v: SideTables
+    rope_table: torch.Tensor
+    rope_block: int
+    interleaved: bool
+    tile_bytes: int
+
+
+def layer_tables(codec: LayerCodec) -> LayerTables:
+    """Constants of `codec` on its device. Raises UnsupportedError for what the kernels cannot hold."""
+    rotary, dim, device = codec.rope.rotary_dim, codec.head_dim, codec.k.encode.device
+    if dim % 16 or not 16 <= dim <= 256:
+        raise UnsupportedError(f"head_dim {dim} asked for; the CUDA kernels take multiples of 16 up to 256; use triton")
+    if codec.rope_block and (rotary % 8 or rotary > dim):
+        raise UnsupportedError(f"rotary width {rotary} asked for; the CUDA kernels take multiples of 8; use triton")
+    for plan in (codec.plan.k, codec.plan.v):
+        if plan.num_groups > MAX_GROUPS or len(plan.planes) > MAX_PLANES:
+            raise UnsupportedError(
+                f"{GROUP * plan.num_groups} latent channels in {len(plan.planes)} planes asked for; the CUDA kernels "
+                f"take up to {GROUP * MAX_GROUPS} in {MAX_PLANES}; calibrate with fewer"
+            )
+    if codec.rope_block and rotary:
+        table = turn_table(codec.rope, codec.rope_block, device)
+    else:
+        table = torch.zeros(0, device=device)
+    layout = codec.layout
+    return LayerTables(
+        side_tables(codec.k, layout, "k"),
+        side_tables(codec.v, layout, "v"),
+        table,
+        codec.rope_block,
+        codec.rope.interleaved,
+        layout.tile_bytes,
+    )
