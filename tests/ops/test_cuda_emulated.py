@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store and dequantize kernels, compiled for the host and run thread by thread, equal the reference. No GPU needed."""
+"""The store and dequantize kernels, compiled for the host and run thread by thread, equal the reference."""
 
 from __future__ import annotations
 
@@ -169,7 +169,9 @@ def test_store_equals_reference(emulated, case, many):
     assert_pages_close(pages, expected, rows, exact64, case.block_size)
 
 
-def run_dequantize(lib, codec, pages, table, ranges, num_tiles, rows, block_size, dtype, window=None, window_table=None):
+def run_dequantize(
+    lib, codec, pages, table, ranges, num_tiles, rows, block_size, dtype, window=None, window_table=None
+):
     tables, dim, heads = layer_tables(codec), codec.head_dim, codec.num_kv_heads
     out = torch.full((2, rows, heads, dim), float("nan"), dtype=dtype)
     sides = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's constants in the form the CUDA store and dequantize kernels read: fragment images, plan tables, rotations."""
+"""A layer's constants as the CUDA store and dequantize kernels read them: fragments, plan tables, rotations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def encode_image(encode: torch.Tensor) -> torch.Tensor:
 
 
 def decode_image(decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """decode [H, R, d] -> ([H, d / 16, R / 16, 32, 8] fp16 B fragments over the unit, unit [H] float32 power of two)."""
+    """decode [H, R, d] -> ([H, d / 16, R / 16, 32, 8] fp16 B fragments over the unit, unit [H], a power of two)."""
     heads, rank, dim = decode.shape
     peak = decode.double().abs().amax((1, 2)).clamp_min(2.0**-100)
     unit = torch.exp2(torch.floor(torch.log2(peak)))
