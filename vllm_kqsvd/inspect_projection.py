@@ -7,10 +7,9 @@ import argparse
 import json
 from typing import Any
 
+from vllm_kqsvd.capacity import WINDOW, latent
 from vllm_kqsvd.plan import SidePlan
 
-WINDOW = 64  # exact tokens per sequence (the plugin's default)
-WINDOW_SLACK = 16  # the exact region starts on a multiple of 16
 ELEMENT_SIZE = 2  # bytes of an uncompressed element (bf16)
 
 
@@ -88,19 +87,20 @@ def report(projection: Any, context: int = 8192, window: int = WINDOW) -> dict[s
 
 
 def totals(layers: list[dict[str, Any]], context: int, window: int) -> dict[str, Any]:
-    """Sums over layers; `compression_ratio` counts scales and the exact window of a sequence of `context`."""
-    latent = sum(e["bytes_per_token"] for e in layers)
+    """Sums over layers; `compression_ratio` counts scales and the blocks of a request's exact window."""
+    used = sum(e["bytes_per_token"] for e in layers)
     plain = sum(e["bytes_per_token_bf16"] for e in layers)
-    exact_tokens = min(context, window + WINDOW_SLACK) if window else 0
+    cache = latent("projection", used, plain // ELEMENT_SIZE, window, ELEMENT_SIZE)
+    exact = cache.window_blocks * cache.block_bytes
     return {
-        "bytes_per_token": latent,
+        "bytes_per_token": used,
         "bytes_per_token_bf16": plain,
-        "bits_per_element": 8 * ELEMENT_SIZE * latent / plain,
+        "bits_per_element": 8 * ELEMENT_SIZE * used / plain,
         "context": context,
         "window": window,
-        "window_bytes_per_sequence": plain * exact_tokens,
-        "compression_ratio": plain * context / (latent * context + plain * exact_tokens),
-        "compression_ratio_latent": plain / latent,
+        "window_bytes_per_sequence": exact,
+        "compression_ratio": plain * context / (used * context + exact),
+        "compression_ratio_latent": plain / used,
     }
 
 

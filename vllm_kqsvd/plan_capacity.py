@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kqsvd plan`: how many tokens and users fit in a GPU's memory, in bf16, fp8 and latent formats.
+
+Speed is not predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from vllm_kqsvd.capacity import WINDOW, CacheFormat, latent, plain, plan_bytes
+from vllm_kqsvd.errors import ConfigError, UnsupportedError
+from vllm_kqsvd.inspect_projection import align
+
+BITS = (4.0, 3.0, 2.5, 2.0)  # the presets balanced, compact, capacity, extreme
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def size(text: str) -> int:
+    """Bytes of "80GB", "1.5 GiB" or "32k"; units are powers of 1024, as GPU memory is sold."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GB or 32k")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("model", help="Hugging Face model folder; its weights are needed only for their size")
+    parser.add_argument("--gpu", type=size, default=size("80GB"), metavar="SIZE", help="memory of a GPU (80GB)")
+    parser.add_argument("--context", type=size, default=size("32k"), metavar="N", help="tokens per user (32k)")
+    parser.add_argument("--users", type=int, metavar="N", help="say for each format whether so many users fit")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel ranks (1)")
+    parser.add_argument("--projection", help="also plan with this projection")
+    parser.add_argument("--window", type=int, default=WINDOW, metavar="W", help=f"exact recent tokens ({WINDOW})")
+    parser.add_argument("--weights", type=size, metavar="SIZE", help="bytes of all weights (default: of the files)")
+    parser.add_argument("--utilization", type=float, default=0.92, help="vLLM's --gpu-memory-utilization (0.92)")
+    parser.add_argument("--overhead", type=size, default=size("2GB"), metavar="SIZE",
+                        help="assumed for activations and CUDA graphs on each GPU (2GB)")  # fmt: skip
+    parser.add_argument("--kv-memory", type=size, metavar="SIZE", help="bytes of the cache, instead of the above")
+    parser.add_argument("--plot", metavar="PNG", help="write a bar chart")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0, or 1 if --users is given and no format serves so many."""
+    data = plan(args)
+    if args.plot:
+        _plot(data, Path(args.plot))
+    print(json.dumps(data, indent=2) if args.json else _text(data))
+    return int(args.users is not None and not any(f["fits"] for f in data["formats"]))
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the verb shows, as JSON values. Raises ConfigError or UnsupportedError."""
+    config = _config(args.model)
+    heads, dim, layers = _shape(config)
+    if args.context < 1 or args.tp < 1 or args.window < 0:
+        raise ConfigError("--context and --tp must be at least 1, --window at least 0")
+    local = max(1, heads // args.tp)
+    elements = 2 * layers * local * dim
+    memory = args.kv_memory if args.kv_memory is not None else _kv_memory(args)
+    formats = [plain("bf16", elements, 2), plain("fp8", elements, 1)]
+    for bits in BITS:
+        per_head = plan_bytes(bits, dim)
+        name = f"kqsvd {bits:g} bits"
+        formats.append(latent(name, layers * local * per_head, elements, args.window))
+    if args.projection:
+        from vllm_kqsvd.projection import load_projection
+
+        projection = load_projection(args.projection)
+        projection.check_model(config)
+        total = projection.bytes_per_token * local // heads
+        formats.append(latent("this projection", total, elements, args.window))
+    return {
+        "kv_memory": memory,
+        "context": args.context,
+        "tensor_parallel": args.tp,
+        "window": args.window,
+        "users": args.users,
+        "formats": [_row(f, formats[0], memory, args.context, args.users) for f in formats],
+    }
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    if not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"{model} has no config.json; give a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"cannot read {model}/config.json: {e}") from e
+
+
+def _shape(config: Any) -> tuple[int, int, int]:
+    """(KV heads, head_dim, layers). Raises UnsupportedError where not every layer keeps the whole context."""
+    from vllm_kqsvd.projection_rope import head_dim_of, text_config
+
+    text = text_config(config)
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedError("the model's attention keeps latents already (MLA); kqsvd does not apply to it")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if kinds - {"full_attention"} or (window and not kinds):
+        raise UnsupportedError("`kqsvd plan` knows only models in which every layer attends to the whole context")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return heads, head_dim_of(text), text.num_hidden_layers
+
+
+def _kv_memory(args: argparse.Namespace) -> int:
+    weights = args.weights
+    if weights is None:
+        weights = sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors"))
+        if not weights:
+            raise ConfigError(f"{args.model} has no safetensors files; give --weights SIZE or --kv-memory SIZE")
+    memory = int(args.gpu * args.utilization) - weights // args.tp - args.overhead
+    if memory <= 0:
+        raise ConfigError(
+            f"weights of {weights / 2**30:.1f} GiB on {args.tp} GPU(s) leave nothing for the cache; "
+            "use more GPUs (--tp) or larger ones"
+        )
+    return memory
+
+
+def _row(f: CacheFormat, base: CacheFormat, memory: int, context: int, users: int | None) -> dict[str, Any]:
+    most = f.users(memory, context)
+    return {
+        "name": f.name,
+        "bytes_per_token": f.bytes_per_token,
+        "bytes_per_user": f.bytes_of_request(context),
+        "compression_ratio": base.bytes_of_request(context) / f.bytes_of_request(context),
+        "kv_tokens": f.tokens(memory, context),
+        "max_users": round(most, 2),
+        "fits": None if users is None else most >= users,
+    }
+
+
+def _text(data: dict[str, Any]) -> str:
+    head = ["format", "bytes/token", "MiB/user", "ratio", "KV tokens", "users"]
+    fits = data["users"] is not None
+    rows: list[tuple[str, ...]] = [tuple(head + [f"{data['users']} users"] * fits)]
+    for f in data["formats"]:
+        cells = [f["name"], f"{f['bytes_per_token']:,}", f"{f['bytes_per_user'] / 2**20:,.1f}"]
+        cells += [f"{f['compression_ratio']:.2f}", f"{f['kv_tokens']:,}", f"{f['max_users']:,.1f}"]
+        rows.append(tuple(cells + ["fit" if f["fits"] else "do not fit"] * fits))
+    ranks = data["tensor_parallel"]
+    title = f"{data['kv_memory'] / 2**30:.1f} GiB of cache" + (f" on each of {ranks} GPUs" if ranks > 1 else "")
+    note = f"exact window of {data['window']} tokens, scales and rounding to blocks counted"
+    return "\n".join([f"{title}, {data['context']:,} tokens per user; {note}", "", *align(rows)])
+
+
+def _plot(data: dict[str, Any], file: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ConfigError("--plot needs matplotlib; pip install matplotlib") from e
+    figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    names = [f["name"] for f in data["formats"]][::-1]
+    bars = axes.barh(names, [f["max_users"] for f in data["formats"]][::-1])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set(xlabel=f"users of {data['context']:,} tokens in {data['kv_memory'] / 2**30:.1f} GiB (predicted)")
+    try:
+        figure.savefig(file, metadata={"Software": None})
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot write the plot {file}: {e}") from e
