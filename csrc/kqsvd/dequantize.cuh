@@ -110,7 +110,7 @@ __device__ __forceinline__ uint32_t unpack_codes(const char* bytes, const int2* 
 
 // Grid (CTAs of keys + as many of values, heads); block kDequantizeThreads. GPW n16 column groups per warp.
 template <typename T, int GPW, bool kDecodeShared>
-__global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
+__global__ void __launch_bounds__(kDequantizeThreads, 2) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
   extern __shared__ __align__(16) char memory[];
   const bool is_value = blockIdx.x & 1;
   const DequantizeSide& side = p.side[is_value];

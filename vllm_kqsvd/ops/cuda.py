@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,67 +16,69 @@ from vllm_kqsvd.ops.cuda_segments import PrefillPlan, plan_prefill
 from vllm_kqsvd.ops.cuda_store import LatentStore
 from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
 
+if TYPE_CHECKING:
+    from vllm_kqsvd.ops.cuda_decode import ScheduleKind
+
 __all__ = ["CudaOps", "CudaPlan", "available", "supports", "workspace_bytes"]
-
-
-class Decoder(Protocol):
-    """Attention of the leading `num_decodes` requests of a step. `plan` does device work only, once per step."""
-
-    max_decode_len: int
-
-    def plan(self, step: Step) -> object: ...
-
-    def attend(self, query, pages, window_pages, step: Step, plan: object, output) -> None: ...
 
 
 @dataclass(frozen=True)
 class CudaPlan:
-    """What `CudaOps.plan_step` returns: the decode kernel's schedule and the prefill's segments."""
+    """What `plan_step` returns: decode schedules by kind (layers of other kinds add theirs) and prefill segments."""
 
-    decode: object
     prefill: PrefillPlan | None
+    schedules: dict[ScheduleKind, torch.Tensor] = field(default_factory=dict)
 
 
 def supports(codec: LayerCodec, shape: LayerShape) -> tuple[bool, str]:
     """Whether every kernel that `CudaOps` launches was compiled for this layer, and if not, why."""
-    from vllm_kqsvd.ops import cuda_decode
+    from vllm_kqsvd.ops.cuda_decode import why_unsupported
 
     if shape.dtype not in (torch.bfloat16, torch.float16):
-        return False, f"model dtype {shape.dtype} asked for; the CUDA kernels take bfloat16 and float16"
-    return cuda_decode.supports(codec, shape)
+        return False, f"model dtype {shape.dtype} found; the CUDA kernels take bfloat16 and float16"
+    why = why_unsupported(codec, shape)
+    return why is None, why or ""
 
 
 class CudaOps(LayerOps):
-    """Store, decode and prefill by the CUDA extension. Raises KernelError, UnsupportedError where it cannot serve."""
+    """Store, decode and prefill by the CUDA extension. Raises KernelError or UnsupportedError where it cannot serve."""
 
     name = "cuda"
-    graph_safe = True  # decode rows; prefill rows never are
+    graph_safe = True  # decode rows; prefill rows run outside graphs
+    max_decode_len = 8  # requests with up to this many rows go to the decode kernel
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         super().__init__(codec, shape)
         usable, why = available()
         if not usable:
-            raise KernelError(f"implementation 'cuda' asked for, but it is not available: {why}")
-        device = codec.k.encode.device
-        if device.type != "cuda":
-            raise KernelError(f"implementation 'cuda' asked for; the codec is on {device}; move it to the GPU first")
-        self.decoder = self._make_decoder()
-        self.max_decode_len = self.decoder.max_decode_len
+            raise KernelError(f"implementation {self.name!r} asked for, but it is not available: {why}")
+        self.device = codec.k.encode.device
+        if self.device.type != "cuda":
+            raise KernelError(f"implementation {self.name!r} asked for; the codec is on {self.device}, not on a GPU")
+        self._make_decode()
         self._store = LatentStore(codec, shape.block_size)
-        self.prefill = Prefill(self._store, shape, device)
+        self.prefill = Prefill(self._store, shape, self.device)
 
-    def _make_decoder(self) -> Decoder:
-        from vllm_kqsvd.ops import cuda_decode
-
+    def _make_decode(self) -> None:
         usable, why = supports(self.codec, self.shape)
         if not usable:
-            raise UnsupportedError(f"implementation 'cuda' asked for, but {why}; set kqsvd.implementation to 'triton'")
-        return cuda_decode.DecodeAttention(self.codec, self.shape)
+            raise UnsupportedError(f"implementation {self.name!r} asked for, but not possible: {why}")
+        from vllm_kqsvd.ops.cuda_decode import CudaDecode
+
+        self._decode = CudaDecode(self.codec, self.shape, self.device)
 
     def plan_step(self, step: Step) -> CudaPlan:
-        """Schedules of one step, shared by all layers: no host sync, no allocation on the decode path."""
-        decode = self.decoder.plan(step) if step.num_decodes else None
-        return CudaPlan(decode, plan_prefill(step, self.shape.window, self.prefill.capacity))
+        """Schedules of one step, shared by all layers; no host sync (none but a copy to the device for prefill)."""
+        plan = CudaPlan(plan_prefill(step, self.shape.window, self.prefill.capacity))
+        if step.num_decodes:
+            self._schedule(step, plan, self.shape.window > 0)
+        return plan
+
+    def _schedule(self, step: Step, plan: CudaPlan, has_window: bool) -> torch.Tensor:
+        kind = self._decode.kind(step.max_decode_len, has_window)
+        if kind not in plan.schedules:
+            plan.schedules[kind] = self._decode.schedule(step, has_window)[1]
+        return plan.schedules[kind]
 
     def store(self, key, value, pages, window_pages, slot_mapping, window_slot_mapping, positions) -> None:
         """See LayerOps.store."""
@@ -84,8 +86,14 @@ class CudaOps(LayerOps):
 
     def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
         """See LayerOps.attend."""
+        if step.window_block_table is None:
+            window_pages = None
         plan = step.plan if isinstance(step.plan, CudaPlan) else self.plan_step(step)
         if step.num_decodes:
-            self.decoder.attend(query, pages, window_pages, step, plan.decode, output)
+            self._attend_decodes(query, pages, window_pages, step, plan, output)
         if plan.prefill is not None:
             self.prefill.attend(query, key, value, pages, window_pages, step, plan.prefill, output)
+
+    def _attend_decodes(self, query, pages, window_pages, step: Step, plan: CudaPlan, output) -> None:
+        requests = self._schedule(step, plan, window_pages is not None)
+        self._decode.attend(query, pages, window_pages, step, requests, output)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host tables of the CUDA kernels say what layout.py and the codec say. CPU only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import random_codec, side_plan
+from vllm_kqsvd.codec import SINK_RATIO
+from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.layout import TILE, layout_of
+from vllm_kqsvd.ops import reference
+from vllm_kqsvd.ops.cuda_tables import (
+    TURN_ROWS,
+    decode_image,
+    encode_image,
+    layer_tables,
+    plan_table,
+    side_tables,
+    turn_table,
+)
+from vllm_kqsvd.ops.packing import token_bytes
+from vllm_kqsvd.ops.rope_block import RopeSpec
+from vllm_kqsvd.plan import LayerPlan, planes_for
+
+
+def packed_tile(table: list[int], codes: torch.Tensor, is_value: bool, tile_bytes: int) -> list[int]:
+    """Bytes of a tile from codes [16, R], by the rules of csrc/kqsvd/plan_table.cuh; -1: not written."""
+    tile = [-1] * tile_bytes
+    groups, planes, header = table[0], table[1], 20
+    for p in range(planes):
+        bits, half, base, count, *rest = table[header + 20 * p : header + 20 * (p + 1)]
+        for r in range(TILE):
+            for c in range(8):
+                out = 0
+                for i in range(count):
+                    assert rest[i] < groups
+                    fields = [
+                        (int(codes[r, 16 * rest[i] + c + 8 * y]) >> rest[8 + i]) & ((1 << bits) - 1) for y in (0, 1)
+                    ]
+                    if half:
+                        out |= (fields[0] | fields[1] << bits) << (2 * i * bits)
+                    else:
+                        out |= (fields[0] | fields[1] << 8) << (i * bits)
+                if is_value:
+                    at = 32 * (r // 2 % (4 if half else 8)) + 4 * c + 2 * (r % 2) + (r // 8 if half else 0)
+                else:
+                    at = 16 * (r % 8) + 2 * c + r // 8 if half else 16 * r + 2 * c
+                for k in range(1 if half else 2):
+                    assert tile[base + at + k] == -1
+                    tile[base + at + k] = out >> (8 * k) & 255
+    return tile
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=8), st.lists(st.integers(1, 8), min_size=1, max_size=8))
+def test_plan_table_packs_as_the_layout_does(k_bits, v_bits):
+    k, v = planes_for(k_bits), planes_for(v_bits)
+    if k is None or v is None:
+        return
+    layout = layout_of(LayerPlan(k, v))
+    gen = torch.Generator().manual_seed(len(k_bits))
+    for name, side in (("k", k), ("v", v)):
+        limit = torch.tensor([2**b for b in side.group_bits]).repeat_interleave(16)
+        codes = (torch.rand(TILE, side.rank, generator=gen) * limit).long()
+        table = plan_table(layout, name).tolist()
+        assert table[0] == side.num_groups and table[2] == layout.scale_offset[name]
+        assert table[4 : 4 + side.num_groups] == list(side.group_bits)
+        assert len(table) == 20 + 20 * len(side.planes)
+        want = [-1] * layout.tile_bytes
+        data = token_bytes(codes, layout, name)
+        for r in range(TILE):
+            for offset, byte in zip(layout.byte_offset[name][r], data[r].tolist(), strict=True):
+                want[offset] = byte
+        assert packed_tile(table, codes, name == "v", layout.tile_bytes) == want
+
+
+def test_encode_image_is_the_b_operand():
+    encode = torch.randn(2, 48, 32, dtype=torch.float64)
+    image = encode_image(encode).double()
+    both = image.sum(3)  # high and low terms
+    for lane in (0, 5, 31):
+        g, t = lane // 4, lane % 4
+        for group, step, tile in ((0, 0, 0), (1, 2, 1)):
+            rows = torch.tensor([2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]) + 16 * step
+            got = both[1, group, step, lane, 4 * tile : 4 * tile + 4]
+            want = encode[1, rows, 16 * group + 8 * tile + g]
+            assert torch.allclose(got, want, rtol=2**-16, atol=0)
+
+
+def test_decode_image_is_the_b_operand():
+    decode = 1e-3 * torch.randn(2, 32, 48)
+    image, unit = decode_image(decode)
+    assert torch.equal(torch.frexp(unit)[0], torch.full((2,), 0.5))
+    g, t = 3, 2
+    rows = torch.tensor([2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]) + 16
+    got = image[1, 2, 1, 4 * g + t, 4:].float() * unit[1]
+    assert torch.allclose(got, decode[1, rows, 32 + 8 + g], rtol=2**-10, atol=2**-20 * float(unit[1]))
+
+
+@pytest.mark.parametrize("rope_block", [1, 32])
+def test_turns_multiply_to_every_block_start(rope_block):
+    rope = RopeSpec(1e4 ** -(torch.arange(0, 32, 2, dtype=torch.float64) / 32))
+    table = turn_table(rope, rope_block, torch.device("cpu")).double()
+    assert table.shape == (2, TURN_ROWS, 16, 2)
+    turns = torch.view_as_complex(table.contiguous())
+    for block in (0, 1, 1023, 1024, 5000, TURN_ROWS**2 - 1):
+        angle = block * rope_block * rope.inv_freq
+        got = turns[0, block % TURN_ROWS] * turns[1, block // TURN_ROWS]
+        assert torch.allclose(got, torch.polar(torch.ones_like(angle), angle), atol=4e-7)
+    assert turn_table(rope, rope_block, torch.device("cpu")) is turn_table(rope, rope_block, torch.device("cpu"))
+
+
+def test_class_rule_and_latent_means():
+    assert SINK_RATIO == 0.3  # store.cuh has 0.7 |x|^2 in it
+    codec = random_codec(LayerPlan(side_plan(8, 4, 4), side_plan(4, 4)), rope_block=32)
+    tables = side_tables(codec.k, codec.layout, "k")
+    offset = torch.arange(32)
+    mean, sink = (x.double() for x in reference._means(codec.to("cpu", torch.float64).k, offset))
+    x = torch.randn(32, 2, 64, dtype=torch.float64) + torch.where(offset[:, None, None] % 2 > 0, mean, sink)
+    rule = 0.7 * x.square().sum(-1) - (x * tables.class_vector.transpose(0, 1)).sum(-1) + tables.class_offset.T
+    want = (x - sink).square().sum(-1) < SINK_RATIO * (x - mean).square().sum(-1)
+    assert torch.equal(rule < 0, want) and bool(want.any()) and not bool(want.all())
+    for i, m in enumerate((mean, sink)):
+        latent = torch.einsum("nhd,hdr->hnr", m, codec.k.encode.double())
+        assert torch.allclose(tables.latent_mean[:, i].double(), latent, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(tables.mean[:, i].double(), m.transpose(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_refusals_name_the_limit():
+    with pytest.raises(UnsupportedError, match="head_dim 24"):
+        layer_tables(random_codec(LayerPlan(side_plan(4), side_plan(4)), dim=24))
+    with pytest.raises(UnsupportedError, match="rotary width 12"):
+        layer_tables(random_codec(LayerPlan(side_plan(4), side_plan(4)), dim=32, rotary_dim=12))
