@@ -70,7 +70,7 @@ def signed_hadamard(dim: int, seed: int) -> torch.Tensor:
     gen = torch.Generator().manual_seed(seed)
     signs = 1 - 2 * torch.randint(0, 2, (dim,), generator=gen).double()
     mix = torch.linalg.qr(torch.randn(dim // block, dim // block, generator=gen, dtype=torch.float64))[0]
-    return signs[:, None] * full @ torch.kron(mix, torch.eye(block, dtype=torch.float64))
+    return signs[:, None] * full @ torch.kron(mix.contiguous(), torch.eye(block, dtype=torch.float64))
 
 
 def make_basis(

@@ -144,15 +144,15 @@ class Statistics:
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: Path, options: dict[str, object], device: torch.device | str) -> Statistics:
-        """Read a file of `save`; raises CalibrationError unless it was made with the same options."""
+    def load(cls, path: Path, options: dict[str, object] | None, device: torch.device | str) -> Statistics:
+        """Read a file of `save`; raises CalibrationError unless it was made with the same options (None: any)."""
         try:
             with safe_open(path, "pt") as f:
                 header = json.loads((f.metadata() or {})[_METADATA_KEY])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, KeyError, ValueError, SafetensorError) as e:
             raise CalibrationError(f"{path} is not a statistics file: {e}; delete it or calibrate without --resume") from e
-        if header["options"] != json.loads(json.dumps(options)):
+        if options is not None and header["options"] != json.loads(json.dumps(options)):
             raise CalibrationError(f"{path} was made with other options or data; calibrate without --resume to start over")
         layers = []
         for i in range(1 + max(int(n.split(".")[0]) for n in tensors)):

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole calibration on tiny models: every family, basis and rope mode; streaming, merging, resuming, determinism."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vllm_kqsvd.calibration import cli
+from vllm_kqsvd.calibration.basis import BASES
+from vllm_kqsvd.calibration.calibrate import (
+    CalibrateOptions,
+    calibrate,
+    collect_statistics,
+    partial_folder,
+    project,
+)
+from vllm_kqsvd.calibration.capture import AttentionCall, load_model, observe
+from vllm_kqsvd.calibration.collect import CollectOptions, Collector, before_rope
+from vllm_kqsvd.calibration.corpus import Corpus
+from vllm_kqsvd.calibration.model_probe import LayerInfo, probe
+from vllm_kqsvd.calibration.statistics import Statistics
+from vllm_kqsvd.errors import CalibrationError, ConfigError
+from vllm_kqsvd.ops.reference import decode, encode
+from vllm_kqsvd.ops.rope_block import rotate
+from vllm_kqsvd.projection import load_projection, save_projection
+
+SMALL = CollectOptions(num_windows=5, window_length=192, gradient_windows=2, gradient_length=160, samples=600, window=32)
+OPTIONS = CalibrateOptions(bits=4.0, collect=SMALL)
+Collected = tuple[Statistics, list[LayerInfo], Corpus]
+
+
+def sums(statistics: Statistics) -> dict[str, torch.Tensor]:
+    return {f"{i}.{n}": t for i, layer in enumerate(statistics.layers) for n, t in layer.sums.items()}
+
+
+def test_every_family_calibrates(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    projection = calibrate(tiny_model, [text_file], OPTIONS)
+    save_projection(projection, tmp_path / "out")
+    loaded = load_projection(tmp_path / "out")
+    loaded.check_model(tiny_model)
+    assert len(loaded.layers) == 2
+    assert all(0 < p < 0.3 for p in loaded.predicted)
+    assert {e.codec.plan.bytes_per_token for e in loaded.layers.values()} == {26}
+    assert loaded.calibration["data"][0]["file"] == "words.txt"
+    assert loaded.layers[0].rope_mode == "page"
+    assert loaded.layers[0].rope_block == 32
+
+
+def test_keys_survive_the_coder(llama: Path, text_file: Path) -> None:
+    projection = calibrate(llama, [text_file], OPTIONS)
+    model = load_model(str(llama), "cpu", torch.float32)
+    calls: list[AttentionCall] = []
+    ids = Corpus([text_file], tokenizer_of(llama), 192, seed=99).window(0)
+    with torch.no_grad(), observe(calls.append):
+        model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
+    for layer, call in zip(projection.layers.values(), calls, strict=True):
+        at = torch.arange(192)
+        turned = before_rope(call.k, layer.codec.rope).transpose(0, 1)
+        x = rotate(turned, at % 32, layer.codec.rope)
+        for y, side in ((x, layer.codec.k), (call.v.transpose(0, 1), layer.codec.v)):
+            error = decode(*encode(y, at, side), at, side) - y
+            assert error.norm() < 0.4 * y.norm()  # 3 bits of white noise
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_statistics_stream_merge_and_equal_a_batch(llama: Path, text_file: Path) -> None:
+    model = load_model(str(llama), "cpu", torch.float32)
+    layers = probe(model)
+    corpus = Corpus([text_file], tokenizer_of(llama), SMALL.window_length)
+    collector = Collector(model, layers, corpus, SMALL)
+    whole = collector.run(collector.start({}), range(7))
+    parts = [collector.run(collector.start({}), steps) for steps in (range(0, 3), range(3, 7))]
+    parts[0].merge(parts[1])
+    assert parts[0].steps_done == 7
+    for name, value in sums(whole).items():
+        assert torch.allclose(sums(parts[0])[name], value, rtol=1e-12), name
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        for i in range(SMALL.num_windows):
+            calls: list[AttentionCall] = []
+            with observe(calls.append):
+                model.base_model(input_ids=torch.tensor([corpus.window(i)]), use_cache=False)
+            seen.append(before_rope(calls[1].k, layers[1].rope).double())
+    batch = torch.cat([x[:, 4:] for x in seen], 1)
+    got = whole.layers[1]
+    if not bool((got.sums["k_sink_count"] > 0).any()):
+        assert torch.allclose(got.second_moment("k"), batch.mT @ batch / batch.shape[1], rtol=1e-9)
+        assert torch.allclose(got.mean("k"), batch.mean(1), rtol=1e-9, atol=1e-12)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(llama, [text_file], OPTIONS, output=tmp_path / "whole")
+    monkeypatch.setattr("vllm_kqsvd.calibration.collect._SAVE_SECONDS", -1.0)
+    step = Collector._gradients
+
+    def killed(self: Collector, statistics: Statistics, index: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Collector, "_gradients", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, [text_file], OPTIONS, output=tmp_path / "cut")
+    monkeypatch.setattr(Collector, "_gradients", step)
+    moments = Collector._moments
+    monkeypatch.setattr(Collector, "_moments", lambda *a: pytest.fail("moments were collected again"))
+    resumed = calibrate(llama, [text_file], OPTIONS, output=tmp_path / "cut", resume=True)
+    monkeypatch.setattr(Collector, "_moments", moments)
+    digests = [save_projection(p, tmp_path / n) for p, n in ((whole, "whole"), (resumed, "cut"))]
+    assert digests[0] == digests[1]
+    assert (tmp_path / "whole" / "kqsvd.safetensors").read_bytes() == (tmp_path / "cut" / "kqsvd.safetensors").read_bytes()
+    other = dataclasses.replace(OPTIONS, collect=dataclasses.replace(SMALL, seed=1))
+    with pytest.raises(CalibrationError, match="other options"):
+        calibrate(llama, [text_file], other, output=tmp_path / "cut", resume=True)
+
+
+@pytest.fixture(scope="module")
+def collected(llama: Path, text_file: Path) -> Collected:
+    return collect_statistics(llama, [text_file], OPTIONS)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("basis", BASES)
+def test_every_basis_writes_a_loadable_file(llama: Path, collected: Collected, basis: str, center: bool, tmp_path: Path) -> None:
+    statistics, layers, corpus = collected
+    options = dataclasses.replace(OPTIONS, basis=basis, center=center)
+    save_projection(project(llama, layers, statistics, corpus, options), tmp_path / "p")
+    entry = load_projection(tmp_path / "p").layers[1]
+    assert entry.k_basis == basis
+    assert bool(entry.codec.k.mean.any()) == center
+
+
+@pytest.mark.parametrize(("mode", "block", "offsets"), [("page", 32, 32), ("pre", 1, 1), ("post", 0, 1)])
+def test_every_rope_mode(llama: Path, collected: Collected, mode: str, block: int, offsets: int, tmp_path: Path) -> None:
+    statistics, layers, corpus = collected
+    options = dataclasses.replace(OPTIONS, rope_mode=mode)
+    save_projection(project(llama, layers, statistics, corpus, options), tmp_path / "p")
+    entry = load_projection(tmp_path / "p").layers[0]
+    assert (entry.rope_mode, entry.rope_block) == (mode, block)
+    assert entry.codec.k.mean_basis.shape[0] == offsets
+    assert entry.max_position == (512 if mode == "post" else None)
+
+
+def test_rope_mode_none_needs_a_model_without_rope(llama: Path, collected: Collected) -> None:
+    statistics, layers, corpus = collected
+    with pytest.raises(CalibrationError, match="has RoPE"):
+        project(llama, layers, statistics, corpus, dataclasses.replace(OPTIONS, rope_mode="none"))
+
+
+def test_without_backward(llama: Path, text_file: Path) -> None:
+    options = dataclasses.replace(OPTIONS, collect=dataclasses.replace(SMALL, backward=False))
+    projection = calibrate(llama, [text_file], options)
+    assert projection.calibration["gradients"] == "local"
+
+
+def arguments(*extra: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return parser.parse_args(list(extra))
+
+
+def test_command_writes_a_folder_and_cleans_up(
+    llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "proj"
+    args = arguments(
+        str(llama), "--output", str(out), "--data", str(text_file), "--ratio", "4x", "--num-windows", "4",
+        "--window-length", "160", "--gradient-windows", "2", "--samples", "400", "--exact-window", "32",
+    )  # fmt: skip
+    assert cli.run(args) == 0
+    assert "bits per element with scales" in capsys.readouterr().out
+    assert load_projection(out).compression_ratio() >= 4
+    assert not partial_folder(out).exists()
+
+
+def test_command_refuses_nonsense(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    base = ["--output", str(tmp_path / "p"), "--data", str(text_file)]
+    with pytest.raises(CalibrationError, match="not a Hugging Face model folder"):
+        cli.run(arguments(str(tmp_path), *base))
+    with pytest.raises(ConfigError, match="not a number"):
+        cli.run(arguments(str(llama), *base, "--ratio", "fast"))
+    with pytest.raises(CalibrationError, match="does not exist"):
+        calibrate(llama, [tmp_path / "none.txt"], OPTIONS)
