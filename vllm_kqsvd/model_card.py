@@ -96,7 +96,7 @@ def _calibration_table(calibration: dict[str, Any]) -> str:
 
 def write_plot(projection: Projection, file: Path) -> bool:
     """Mean spectrum of keys and values; False (and no file) without spectra or without matplotlib."""
-    entries = [e for e in projection.layers.values() if e.spectrum]
+    entries = [(e.codec.head_dim, e.spectrum) for e in projection.layers.values() if e.spectrum]
     if not entries:
         return False
     try:
@@ -106,12 +106,12 @@ def write_plot(projection: Projection, file: Path) -> bool:
         return False
     figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
+    widest = max(dim for dim, _ in entries)
     for side, label in (("k", "keys"), ("v", "values")):
-        for e in entries:
-            curve = _relative(e.spectrum[side])
-            axes.semilogy(range(1, len(curve) + 1), curve, color=_COLOR[side], alpha=0.15, linewidth=0.7)
-        widest = max(e.codec.head_dim for e in entries)
-        same = [_relative(e.spectrum[side]) for e in entries if e.codec.head_dim == widest]
+        curves = [(dim, _relative(spectrum[side])) for dim, spectrum in entries]
+        for dim, curve in curves:
+            axes.semilogy(range(1, dim + 1), curve, color=_COLOR[side], alpha=0.15, linewidth=0.7)
+        same = [curve for dim, curve in curves if dim == widest]
         mean = [sum(column) / len(same) for column in zip(*same, strict=True)]
         axes.semilogy(range(1, widest + 1), mean, color=_COLOR[side], label=label)
     axes.set(xlabel="latent channel", ylabel="relative variance", title=projection.model.architecture)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ def parse_header(data: dict[str, Any]) -> Header:
     )
 
 
-def tensor_shapes(header: Header, declared: dict[str, Sequence[int]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensor_shapes(header: Header, declared: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors a header promises: name -> (safetensors dtype, shape).
 
     declared: shapes the file states; read only for the offsets and the rank of a mean table and for whether
@@ -170,7 +170,7 @@ def tensor_shapes(header: Header, declared: dict[str, Sequence[int]]) -> dict[st
     return want
 
 
-def _mean_table(at: str, rope_block: int, declared: dict[str, Sequence[int]]) -> tuple[int, int]:
+def _mean_table(at: str, rope_block: int, declared: Mapping[str, Sequence[int]]) -> tuple[int, int]:
     shape = declared.get(at + "mean_basis")
     if shape is None:
         raise fail(f"tensor {at}mean_basis is missing")
