@@ -6,13 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.projections import tiny_config, tiny_projection
 from vllm_kqsvd import cli
-from vllm_kqsvd.capacity import latent, plain, plan_bytes
+from vllm_kqsvd.capacity import BLOCK, WINDOW, latent, plain, plan_bytes
 from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.layout import TILE
 from vllm_kqsvd.plan_capacity import size
 from vllm_kqsvd.projection import save_projection
 
@@ -35,15 +38,36 @@ def test_blocks_by_hand() -> None:
     bf16 = plain("bf16", 384, 2)
     assert bf16.block_bytes == 16 * 768 and bf16.blocks_per_request(100) == 7
     assert bf16.users(70 * 16 * 768, 100) == 10 and bf16.tokens(70 * 16 * 768, 100) == 1000
-    # 204 latent bytes instead of 768: 128 * 204 / 768 = 34 exact tokens fit a page, so 32; 64 touch 3 pages
+    # 204 latent bytes instead of 768: 128 * 204 / 768 = 34 exact tokens fit a page, so 32; 79 touch up to 4 pages
     ours = latent("x", 204, 384)
-    assert ours.window_blocks == 3 and ours.blocks_per_request(1000) == 8 + 3
-    assert ours.bytes_of_request(1000) == 11 * 128 * 204
+    assert ours.window_blocks == 4 and ours.blocks_per_request(1000) == 8 + 4
+    assert ours.bytes_of_request(1000) == 12 * 128 * 204
     assert latent("x", 204, 384, window=0).window_blocks == 0
     with pytest.raises(UnsupportedError, match="block-size"):
         _ = latent("x", 60, 384).window_blocks
     assert [plan_bytes(b, 128) for b in (4, 3, 2.5, 2)] == [130, 98, 82, 66]
     assert plan_bytes(4, 64) == 66 and plan_bytes(3, 64) == 50
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2.5, 2])
+@pytest.mark.parametrize(
+    ("layers", "heads", "dim"), [(30, 3, 64), (28, 2, 128), (32, 8, 128), (80, 8, 128), (28, 16, 256)]
+)
+def test_window_blocks_are_those_of_the_plugin(layers: int, heads: int, dim: int, bits: float) -> None:
+    window = pytest.importorskip("vllm_kqsvd.attention.window")
+    exact, page = 4 * heads * dim, BLOCK * heads * plan_bytes(bits, dim)
+    spec = window.WindowSpec(
+        block_size=window.window_block_size(page, exact),
+        num_kv_heads=heads,
+        head_size=dim,
+        dtype=torch.bfloat16,
+        sliding_window=WINDOW + TILE - 1,
+        page_size_padded=page,
+    )
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1 << 15))
+    want = spec.max_memory_usage_bytes(config) // spec.page_size_bytes
+    ours = latent("x", layers * heads * plan_bytes(bits, dim), layers * heads * 2 * dim)
+    assert ours.window_blocks == want and ours.block_bytes == layers * page
 
 
 def test_plan_of_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

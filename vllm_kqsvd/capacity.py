@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.layout import TILE
 
 BLOCK = 128  # tokens of a latent page (the plugin's default)
 PLAIN_BLOCK = 16  # tokens of vLLM's own page
@@ -35,12 +36,12 @@ class CacheFormat:
 
     @property
     def window_blocks(self) -> int:
-        """Blocks of the exact window of one running request."""
+        """Blocks of the exact window of one running request: it starts at a tile, anywhere in a block."""
         if not self.window:
             return 0
         for size in EXACT_BLOCKS:
             if size * self.exact_bytes <= self.block_bytes:
-                return -(-self.window // size) + 1
+                return -(-(self.window + TILE - 1) // size) + 1
         raise UnsupportedError(
             f"{self.name}: {EXACT_BLOCKS[-1]} exact tokens do not fit a page of {self.block} latent tokens; "
             "use a larger --block-size"
