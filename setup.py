@@ -71,7 +71,7 @@ class BuildCuda(build_ext):
         assert torch is not None and compiler is not None  # wants_cuda() has seen both
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
         flags += [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
         for arch in os.environ.get("KQSVD_CUDA_ARCHS", "90a").replace(",", ";").split(";"):

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of one decode attention call per layer, beside what vLLM ships: python benchmarks/decode_attention.py --help.
+
+Every arm runs in the same process on the same shapes: CUDA graphs over enough distinct layer caches to miss L2, median of
+the replays. Ours includes everything: schedule (once per step, so once per graph), exact window, merge, value basis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.decode_arms import ARMS, Arm
+from benchmarks.decode_results import append, table
+
+SIZES = ("1x1k", "1x8k", "1x32k", "4x8k", "16x8k", "64x8k", "256x1k", "64xlognormal")
+CACHE_BYTES = 300e6  # L2 is 50 MB; layers cycle through at least this much
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of the table: a batch of sequence lengths, and the model's heads."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    query_len: int = 1
+
+
+def parse_size(text: str, **heads: int) -> Shape:
+    """"64x8k" or "64xlognormal" (mean 8k, sigma 0.8, seed 0)."""
+    batch, context = text.split("x", 1)
+    if context == "lognormal":
+        gen = torch.Generator().manual_seed(0)
+        draw = torch.exp(0.8 * torch.randn(int(batch), generator=gen))
+        return Shape(text, tuple((draw / draw.mean() * 8192).long().clamp_min(128).tolist()), **heads)
+    tokens = int(context[:-1]) * 1024 if context.endswith("k") else int(context)
+    return Shape(text, (tokens,) * int(batch), **heads)
+
+
+def graph_time(calls: Callable[[], None], repeats: int) -> float:
+    """Median seconds of a replay of `calls` captured as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    times = []
+    for _ in range(repeats + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e-3)
+    return sorted(times[3:])[repeats // 2]
+
+
+def measure(arm: Arm, shape: Shape, repeats: int) -> dict[str, object]:
+    """One row: microseconds per layer and bytes per second of the cache the arm reads."""
+    token_bytes = arm.bytes_per_token(shape) * shape.num_kv_heads
+    cache = sum(shape.lengths) * token_bytes
+    layers = max(2, min(64, math.ceil(CACHE_BYTES / cache)))
+    step, calls = arm.prepare(shape, layers)
+
+    def run() -> None:
+        step()
+        for call in calls:
+            call()
+
+    seconds = graph_time(run, repeats) / layers
+    return {"format": arm.name, "bits": round(arm.bits(shape), 2), "us": round(seconds * 1e6, 1),
+            "gb_per_s": round(cache / seconds / 1e9)}  # fmt: skip
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--arms", default="fa3_bf16,fa3_fp8,d128_b82,d128_b130", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--heads", default="32/8/128", help="query heads / KV heads / head_dim")
+    parser.add_argument("--query-len", type=int, default=1)
+    parser.add_argument("--library", help="extension to load instead of the installed one")
+    parser.add_argument("--csv", help="append rows here")
+    args = parser.parse_args(argv if argv is None else list(argv))
+    if args.library:
+        torch.ops.load_library(args.library)
+    hq, hkv, dim = map(int, args.heads.split("/"))
+    rows = []
+    for size in args.sizes.split(","):
+        shape = parse_size(size, num_heads=hq, num_kv_heads=hkv, head_dim=dim, query_len=args.query_len)
+        group = []
+        for name in args.arms.split(","):
+            try:
+                row = measure(ARMS[name], shape, args.repeats)
+            except (ImportError, RuntimeError, AttributeError, TypeError) as e:
+                print(f"{size} {name}: not run: {str(e).splitlines()[0][:160]}", flush=True)
+                torch.cuda.empty_cache()
+                continue
+            group.append({"size": size, "batch": len(shape.lengths), "context": max(shape.lengths), **row})
+            torch.cuda.empty_cache()
+        print(table(group), flush=True)
+        rows += group
+    if args.csv:
+        append(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Query absorption: turn the query back to a rope block's start in registers, multiply it by the decode matrix with
+// wgmma; the accumulators, packed to fp16, are the B operand of the score product.
+#pragma once
+
+#include "decode_config.cuh"
+#include "decode_params.h"
+#include "mma.cuh"
+#include "mma_wgmma.cuh"
+
+namespace kqsvd::decode {
+
+// Dimensions of rotation plane i: (i, i + r/2) or (2i, 2i + 1) inside the rotary part r, pairs of neighbours after it.
+__device__ __forceinline__ void plane_dims(int i, int rotary_dim, bool interleaved, int& re, int& im) {
+  const bool split = !interleaved && 2 * i < rotary_dim;
+  re = split ? i : 2 * i;
+  im = split ? i + rotary_dim / 2 : 2 * i + 1;
+}
+
+__device__ __forceinline__ float load_16bit(const void* base, int64_t index, int is_bf16) {
+  const uint16_t bits = static_cast<const uint16_t*>(base)[index];
+  return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
+}
+
+// Query columns of one request into shared memory, as a lane rotates them: for each quad of planes the words (re, im)
+// and (im, -re). Lane (g, t) holds planes 16 k + 4 t .. + 3 of column g mod C. One warpgroup; columns without a row are 0.
+template <class Cf>
+__device__ __forceinline__ void load_query(uint4* query, const DecodeParams& p, const Request& r, int head, int column0,
+                                           int thread) {
+  for (int i = thread; i < Cf::D; i += 128) {
+    const int k = i >> 5, lane = i & 31;
+    const int column = column0 + (lane >> 2) % Cf::C, row = column / p.heads_per_kv;
+    uint32_t q[4], x[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int re, im;
+      plane_dims(16 * k + 4 * (lane & 3) + e, p.rotary_dim, p.rotary_interleaved, re, im);
+      float a = 0.f, b = 0.f;
+      if (row < r.num_rows) {
+        const int64_t at = (r.row + row) * p.query_token_stride +
+                           (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride;
+        a = load_16bit(p.query, at + re, p.is_bf16);
+        b = load_16bit(p.query, at + im, p.is_bf16);
+      }
+      q[e] = pack_f16(a, b);
+      x[e] = pack_f16(b, -a);
+    }
+    query[k * 64 + lane] = make_uint4(q[0], q[1], q[2], q[3]);
+    query[k * 64 + 32 + lane] = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+// (re, im) cos + (im, -re) sin: the plane turned back.
+__device__ __forceinline__ uint32_t turn_back(uint32_t q, uint32_t x, uint32_t cos_sin) {
+  const __half2 cs = as_half2(cos_sin);
+  const __half2 r = __hfma2(as_half2(x), __high2half2(cs), __hmul2(as_half2(q), __low2half2(cs)));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+
+// A fragments of the k steps 2k, 2k + 1. `rope`: (cos, sin) rows of the step's rope blocks.
+template <class Cf>
+__device__ __forceinline__ void rotated_quad(uint32_t (&a)[2][4], const uint4* query, const uint8_t* rope, int k,
+                                             int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  const int block0 = Cf::C == 8 ? 0 : g >> 2, block1 = Cf::C == 8 ? 1 : 2 + (g >> 2);
+  const uint4 q = query[k * 64 + lane], x = query[k * 64 + 32 + lane];
+  const uint4 u = reinterpret_cast<const uint4*>(rope + block0 * Cf::kRopeRow)[4 * k + t];
+  const uint4 v = reinterpret_cast<const uint4*>(rope + block1 * Cf::kRopeRow)[4 * k + t];
+  a[0][0] = turn_back(q.x, x.x, u.x), a[0][1] = turn_back(q.x, x.x, v.x);
+  a[0][2] = turn_back(q.y, x.y, u.y), a[0][3] = turn_back(q.y, x.y, v.y);
+  a[1][0] = turn_back(q.z, x.z, u.z), a[1][1] = turn_back(q.z, x.z, v.z);
+  a[1][2] = turn_back(q.w, x.w, u.w), a[1][3] = turn_back(q.w, x.w, v.w);
+}
+
+// Rows [16 Begin, 16 (Begin + Count)) of the absorb matrix, packed into both B fragments.
+template <class Cf, int Begin, int Count>
+__device__ __forceinline__ void absorb_chain(uint32_t (&b)[2][2 * (Cf::GK + 1)], const uint32_t (&a)[Cf::D / 16][4],
+                                             uint64_t image) {
+  float acc[8 * Count];
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Cf::D / 16; ++k)
+    wgmma_f16(acc, a[k], image + Begin * 128 + (k >> 2) * (Cf::kRows * 8) + (k & 3) * 2, k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+#pragma unroll
+  for (int j = 0; j < Count; ++j)
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      b[f][2 * (Begin + j)] = pack_f16(acc[8 * j + 2 * f], acc[8 * j + 2 * f + 1]);
+      b[f][2 * (Begin + j) + 1] = pack_f16(acc[8 * j + 4 + 2 * f], acc[8 * j + 5 + 2 * f]);
+    }
+}
+
+// Absorbed queries of the step's 16 rows per warp (collective over the warpgroup): b[f] serves the rope blocks of
+// fragment f; its last two words are the mean columns.
+template <class Cf>
+__device__ __forceinline__ void absorb(uint32_t (&b)[2][2 * (Cf::GK + 1)], const uint4* query, const uint8_t* rope,
+                                       uint64_t image, int lane) {
+  uint32_t a[Cf::D / 16][4];
+#pragma unroll
+  for (int k = 0; k < Cf::D / 32; ++k) {
+    uint32_t quad[2][4];
+    rotated_quad<Cf>(quad, query, rope, k, lane);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a[2 * k + i / 4][i % 4] = quad[i / 4][i % 4];
+  }
+  constexpr int blocks = Cf::GK + 1, first = blocks > 4 ? (blocks + 1) / 2 : blocks;
+  static_assert(first <= 5);
+  absorb_chain<Cf, 0, first>(b, a, image);
+  if constexpr (first < blocks) absorb_chain<Cf, first, blocks - first>(b, a, image);
+}
+
+// Minus the zero-point term of the scores of one fragment, in accumulator units: columns 2t, 2t + 1. Computed from the
+// rounded query, so that rounding errors meet centred codes.
+template <class Cf>
+__device__ __forceinline__ float2 zero_point_term(const uint32_t (&b)[2 * (Cf::GK + 1)]) {
+  float c[4] = {0.f, 0.f, 0.f, 0.f};
+  static_for<Cf::GK>([&](auto ig) {
+    constexpr int group = ig;
+    constexpr double z = power_of_two(Cf::K.group_bits(group) - 1) - 0.5;
+    constexpr uint32_t z0 = half2_constant(-z * power_of_two(Cf::K.unit_exponent(group, 0, true)));
+    constexpr uint32_t z1 = half2_constant(-z * power_of_two(Cf::K.unit_exponent(group, 1, true)));
+    mma_f16(c, z0, z0, z1, z1, b[2 * group], b[2 * group + 1]);
+  });
+  constexpr float unit = 1.f / 16777216.f;  // codes enter as fp16 subnormals, 2^-24 each
+  return make_float2(c[0] * unit, c[1] * unit);
+}
+
+// Absorbed sink-minus-mean columns of fragment f: the two B words. Rare, so it re-rotates the query from global tables.
+template <class Cf>
+__device__ __noinline__ uint2 absorb_sink(const uint4* query, const uint8_t* rope, const uint4* sink, int f, int lane) {
+  float lo[4] = {0.f, 0.f, 0.f, 0.f}, hi[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+  for (int k = 0; k < Cf::D / 32; ++k) {
+    uint32_t a[2][4];
+    rotated_quad<Cf>(a, query, rope, k, lane);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint4 w = sink[(2 * k + j) * 32 + lane];
+      mma_f16(lo, a[j][0], a[j][1], a[j][2], a[j][3], w.x, w.y);
+      mma_f16(hi, a[j][0], a[j][1], a[j][2], a[j][3], w.z, w.w);
+    }
+  }
+  return f == 0 ? make_uint2(pack_f16(lo[0], lo[1]), pack_f16(hi[0], hi[1]))
+                : make_uint2(pack_f16(lo[2], lo[3]), pack_f16(hi[2], hi[3]));
+}
+
+}  // namespace kqsvd::decode

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// One compiled decode kernel: launcher and registration. Included by the generated csrc/decode_*.cu files.
+#pragma once
+
+#include "decode_kernel.cuh"
+#include "decode_launch.h"
+
+namespace kqsvd::decode {
+
+template <class Cf>
+cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
+  static bool prepared[64] = {};  // per device; setting the attribute twice is harmless
+  int device = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  if (device >= 64 || !prepared[device]) {
+    if (cudaError_t e = cudaFuncSetAttribute(decode_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             Cf::kSharedBytes))
+      return e;
+    if (device < 64) prepared[device] = true;
+  }
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(params.num_ctas);
+  config.blockDim = dim3(Cf::kThreads);
+  config.dynamicSmemBytes = Cf::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &dependent;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, decode_kernel<Cf>, params);
+}
+
+template <class Cf>
+struct Registration {
+  Instance instance;
+  explicit Registration(const char* name)
+      : instance{instance_key(name), Cf::kRecord, Cf::kWarpgroups, Cf::kGrain, &launch_instance<Cf>, nullptr} {
+    instance.next = register_instance(&instance);
+  }
+};
+
+}  // namespace kqsvd::decode

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention on latent pages (sm_90a). One persistent CTA per SM, two or three warpgroups; see decode_schedule.cuh
+// for the division of work and docs/format.md for what the numbers mean.
+#pragma once
+
+#include "decode_merge.cuh"
+#include "decode_stream.cuh"
+#include "decode_window.cuh"
+#include "unpack.cuh"
+
+namespace kqsvd::decode {
+
+// Running softmax of one warp. Lane (g, t): columns 2t, 2t + 1; o[group] rows (channels) g, g + 8.
+template <class Cf>
+struct Softmax {
+  float o[Cf::GV][4];
+  float ps[4];  // sum of p s, by a product with ones: sees the same rounded values as o
+  float max[2], p[2], sink[2];
+
+  __device__ void reset() {
+#pragma unroll
+    for (int i = 0; i < Cf::GV; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    ps[0] = ps[1] = ps[2] = ps[3] = 0.f;
+    max[0] = max[1] = kEmptyMax;
+    p[0] = p[1] = sink[0] = sink[1] = 0.f;
+  }
+
+  // Raises the maximum only when some score exceeds it by 8 (scores are in log2 units): p stays below 2^8.
+  __device__ void raise(float x0, float x1) {
+    constexpr float slack = 8.f - Cf::kValueBias;
+    if (__any_sync(~0u, x0 > max[0] + slack || x1 > max[1] + slack)) {
+      float x[2] = {x0 + Cf::kValueBias, x1 + Cf::kValueBias};
+      float f[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int d = 4; d < 32; d <<= 1) x[c] = fmaxf(x[c], __shfl_xor_sync(~0u, x[c], d));
+        const float top = fmaxf(max[c], x[c]);
+        f[c] = exp2_fast(max[c] - top);
+        max[c] = top;
+        p[c] *= f[c], sink[c] *= f[c];
+      }
+#pragma unroll
+      for (int i = 0; i < Cf::GV; ++i) o[i][0] *= f[0], o[i][1] *= f[1], o[i][2] *= f[0], o[i][3] *= f[1];
+      ps[0] *= f[0], ps[1] *= f[1], ps[2] *= f[0], ps[3] *= f[1];
+    }
+  }
+};
+
+// Everything a warp needs to process a slot of the current request.
+template <class Cf>
+struct SlotContext {
+  const DecodeParams& p;
+  const Request* r;        // shared
+  const uint4* mean_tile;  // shared
+  const uint4* query;      // shared, for the rare sink path
+  const uint4* sink_rows;  // global, of this head
+  int key_exponent, column0;
+  int visible_begin, visible_end;  // latent positions outside need per-element masks
+  int lane;
+};
+
+// 64 tokens: scores against fragment(s) b, softmax, values. `token` is the slot's first; `half` selects mean rows when a
+// rope block spans two slots; `base` is the first token of the warp's step.
+template <class Cf, int Fragment>
+__device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext<Cf>& x, const uint8_t* slot,
+                                             const uint32_t (&b)[2][2 * (Cf::GK + 1)], const float2 (&zero)[2], int token,
+                                             int half, int base) {
+  constexpr bool kPaired = Cf::C == 4;         // the two chunks share columns: lanes t < 2 keep the first
+  constexpr int kTiles = kPaired ? 2 : 4;      // score tiles of a lane
+  constexpr int kTB = Cf::kTileBytes;
+  constexpr int kMean = 2 * Cf::GK;
+  const int lane = x.lane, g = lane >> 2, t = lane & 3;
+  const bool second = kPaired && t >= 2;
+  // Fragment that serves tile i: with 8 columns and T = 32 a slot holds two rope blocks.
+  auto fragment_of = [](int i) { return !kPaired && Cf::T == 32 ? i >> 1 : Fragment; };
+
+  // Scale bytes of this lane's tokens: K rows g, g + 8, V rows g, g + 8.
+  uint32_t byte[kTiles][4], any = 0;
+  const uint8_t* mine = slot + (second ? 2 * kTB : 0) + Cf::kKeyScales + g;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) any |= byte[i][j] = mine[i * kTB + 8 * j];
+  uint32_t cls = 0;  // bit 4 i + j: class of byte[i][j]
+  const bool has_class = __any_sync(~0u, any & 0x80u);
+  if (has_class) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        cls |= (byte[i][j] >> 7) << (4 * i + j);
+        byte[i][j] &= 0x7fu;
+      }
+  }
+
+  float s[kTiles][4];
+  static_for<2>([&](auto ii) {
+    constexpr int i = ii;
+    if constexpr (kPaired) {
+      const uint8_t* const tile[2] = {slot + i * kTB, slot + (2 + i) * kTB};
+      const float2 z = zero[Fragment];
+      float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
+      score_tiles<Cf::K, 2>(c, tile, b[Fragment], lane);
+      float m[4] = {0.f, 0.f, 0.f, 0.f};
+      const uint4 u = x.mean_tile[(2 * half + i) * 32 + lane];
+      mma_f16(m, u.x, u.y, u.z, u.w, b[Fragment][kMean], b[Fragment][kMean + 1]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float ks = __uint_as_float(byte[i][e >> 1] * 0x100000u + x.key_exponent);
+        s[i][e] = fmaf(second ? c[1][e] : c[0][e], ks, m[e]);
+      }
+    } else {
+      constexpr int f = Cf::T == 32 ? i : Fragment;  // tiles 2 i, 2 i + 1
+      const uint8_t* const tile[2] = {slot + 2 * i * kTB, slot + (2 * i + 1) * kTB};
+      const float2 z = zero[f];
+      float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
+      score_tiles<Cf::K, 2>(c, tile, b[f], lane);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float m[4] = {0.f, 0.f, 0.f, 0.f};
+        const uint4 u = x.mean_tile[(Cf::T == 32 ? j : 2 * i + j) * 32 + lane];
+        mma_f16(m, u.x, u.y, u.z, u.w, b[f][kMean], b[f][kMean + 1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float ks = __uint_as_float(byte[2 * i + j][e >> 1] * 0x100000u + x.key_exponent);
+          s[2 * i + j][e] = fmaf(c[j][e], ks, m[e]);
+        }
+      }
+    }
+  });
+
+  if (has_class) {  // add the sink-minus-mean logits of class-1 tokens
+    const uint8_t* rope = reinterpret_cast<const uint8_t*>(x.p.rope_table) +
+                          (x.p.rope_table_moves ? static_cast<int64_t>(base / Cf::T) * Cf::kRopeRow : 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int mine_i = kPaired ? i & 1 : i;
+      const bool keep = !kPaired || (i >> 1) == (second ? 1 : 0);
+      const int f = fragment_of(i);
+      const uint2 w = absorb_sink<Cf>(x.query, rope, x.sink_rows, f, lane);
+      const uint8_t* scale = slot + i * kTB + Cf::kKeyScales + g;
+      const uint32_t lo = (scale[0] & 0x80u) ? ~0u : 0u, hi = (scale[8] & 0x80u) ? ~0u : 0u;
+      const int row = kPaired || Cf::T == 32 ? 2 * half + (i & 1) : i;
+      const uint4 u = x.mean_tile[row * 32 + lane];
+      float m[4] = {0.f, 0.f, 0.f, 0.f};
+      mma_f16(m, u.x & lo, u.y & hi, u.z & lo, u.w & hi, w.x, w.y);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (keep) s[mine_i][e] += m[e];
+    }
+  }
+  if (x.p.soft_cap_log2 > 0.f) {
+    const float cap = x.p.soft_cap_log2, inverse = 1.f / cap;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][e] = cap * tanhf(s[i][e] * inverse);
+  }
+  if (token < x.visible_begin || token + Cf::kSecondChunk + 32 > x.visible_end) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = kPaired ? token + (second ? Cf::kSecondChunk : 0) + 16 * i : token + 16 * i;
+        const int pos = at + g + 8 * (e >> 1), column = x.column0 + (2 * t + (e & 1)) % Cf::C;
+        const int own = x.r->p0 + column / x.p.heads_per_kv;
+        const bool visible =
+            pos < x.r->last && pos <= own && (x.p.sliding_window <= 0 || pos > own - x.p.sliding_window);
+        if (!visible) s[i][e] = -1e30f;
+      }
+  }
+
+  float x0 = s[0][0], x1 = s[0][1];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) x0 = fmaxf(x0, fmaxf(s[i][0], s[i][2])), x1 = fmaxf(x1, fmaxf(s[i][1], s[i][3]));
+  acc.raise(x0, x1);
+
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float e0 = exp2_fast(s[i][0] - acc.max[0]), e1 = exp2_fast(s[i][1] - acc.max[1]);
+    const float e2 = exp2_fast(s[i][2] - acc.max[0]), e3 = exp2_fast(s[i][3] - acc.max[1]);
+    acc.p[0] += e0 + e2, acc.p[1] += e1 + e3;
+    if (has_class) {
+      if (cls >> (4 * i + 2) & 1) acc.sink[0] += e0, acc.sink[1] += e1;
+      if (cls >> (4 * i + 3) & 1) acc.sink[0] += e2, acc.sink[1] += e3;
+    }
+    // A scale byte as fp16, twice: exponent and mantissa move up by 7, the bias difference is 7.
+    const uint32_t v0 = byte[i][2] * 0x00800080u + 0x1c001c00u, v1 = byte[i][3] * 0x00800080u + 0x1c001c00u;
+    const uint32_t p0 = transpose8x8(mul_half2(pack_f16(e0, e1), v0));
+    const uint32_t p1 = transpose8x8(mul_half2(pack_f16(e2, e3), v1));
+    constexpr uint32_t one = 0x3c003c00u;
+    mma_f16(acc.ps, one, one, one, one, p0, p1);
+    if constexpr (kPaired) {
+      const uint32_t first = g < 4 ? ~0u : 0u;
+      add_values<Cf::V>(acc.o, slot + i * kTB + Cf::K.bytes(), p0 & first, p1 & first, lane);
+      add_values<Cf::V>(acc.o, slot + (2 + i) * kTB + Cf::K.bytes(), p0 & ~first, p1 & ~first, lane);
+    } else {
+      add_values<Cf::V>(acc.o, slot + i * kTB + Cf::K.bytes(), p0, p1, lane);
+    }
+  }
+}
+
+// Shared memory of a CTA, in the order of Config::shared_bytes.
+template <class Cf>
+struct SharedMap {
+  uint8_t* base;
+  __device__ uint8_t* image() const { return base; }
+  __device__ uint8_t* mean() const { return base + Cf::kImageBytes; }
+  __device__ uint8_t* scratch(int wg) const { return mean() + Cf::kMeanBytes + wg * Cf::kScratchBytes; }
+  __device__ uint8_t* ring(int warp) const { return scratch(Cf::kWarpgroups) + warp * Cf::kWarpBytes; }
+  __device__ StreamState* state(int warp) const { return reinterpret_cast<StreamState*>(ring(warp) + Cf::kWarpState); }
+  __device__ uint2* odd(int warp) const { return reinterpret_cast<uint2*>(ring(warp) + Cf::kWarpState + 32); }
+  __device__ uint8_t* image_bar() const { return ring(4 * Cf::kWarpgroups); }
+};
+
+// Latent part of one item for one warp: steps of absorb + slots. `n`, `parity`: position in the warp's stream.
+template <class Cf>
+__device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& stream, const SlotContext<Cf>& x,
+                                              int first, int last, const Item& item, uint64_t image,
+                                              const uint8_t* ring, int& n, uint32_t& parity, int warp) {
+  int left = item.last - item.first, at = first + 4 * item.first * Cf::kGrain;
+  for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
+    const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
+    if (base < last) mbarrier_wait(stream.bar(n & 1), parity >> (n & 1) & 1);
+    uint32_t b[2][2 * (Cf::GK + 1)];
+    absorb<Cf>(b, x.query, ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (n & 1) * Cf::kRopeBytes : 0),
+               image, x.lane);
+    const float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
+
+    static_for<Cf::kSlots>([&](auto is) {
+      constexpr int s = is;
+      constexpr int fragment = Cf::kSlots == 1 ? 0 : s * 2 / Cf::kSlots;
+      const int stage = n & 1;
+      const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
+      if (s / Cf::kGrainSlots < grains && token < last) {
+        mbarrier_wait(stream.bar(stage), parity >> stage & 1);
+        process_slot<Cf, fragment>(acc, x, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots, base);
+      }
+      parity ^= 1u << stage;
+      __syncwarp();
+      stream.issue(x.p, n + 2, x.lane);
+      ++n;
+    });
+  }
+}
+
+template <class Cf>
+__global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const SharedMap<Cf> map{shared};
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
+  const int wg_thread = thread & 127, wg_warp = warp & 3;
+  const int virtual_heads = p.num_kv_heads * p.column_groups;
+  const uint32_t image_bar = shared_u32(map.image_bar());
+
+  const uint8_t* ring = map.ring(warp);
+  SlotStream<Cf> stream{shared_u32(ring), map.state(warp), map.odd(warp), {}};
+  if (lane < 2) mbarrier_init(stream.bar(lane), 1);
+  if (thread == 0) mbarrier_init(image_bar, 1);
+  proxy_fence();
+  __syncthreads();
+
+  auto load_head = [&](int head) {
+    mbarrier_expect(image_bar, Cf::kImageBytes + Cf::kMeanBytes);
+    bulk_copy(shared_u32(map.image()), p.key_image + static_cast<int64_t>(head) * Cf::kImageBytes, Cf::kImageBytes,
+              image_bar);
+    bulk_copy(shared_u32(map.mean()), p.mean_tile + static_cast<int64_t>(head) * (Cf::kMeanBytes / 16), Cf::kMeanBytes,
+              image_bar);
+  };
+  // The head of this CTA's first unit does not depend on the schedule: fetch its constants before the wait.
+  int vh = static_cast<int>(static_cast<int64_t>(blockIdx.x) * virtual_heads / p.num_ctas);
+  int loaded = vh / p.column_groups;
+  uint32_t image_parity = 0;
+  if (thread == 0) load_head(loaded);
+  grid_dependency_wait();
+  grid_launch_dependents();
+
+  const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas, Cf::kWarpgroups);
+  mbarrier_wait(image_bar, image_parity);
+  if (cut.total == 0) return;
+
+  uint8_t* scratch = map.scratch(warpgroup);
+  uint4* query = reinterpret_cast<uint4*>(scratch);       // while scores are computed
+  float* record = reinterpret_cast<float*>(scratch);      // while results are merged
+  uint16_t* list = reinterpret_cast<uint16_t*>(scratch + Cf::kRecord * 4);
+  float* exchange = reinterpret_cast<float*>(scratch + Cf::kScratchBytes - 256);
+  int* flag = reinterpret_cast<int*>(scratch + Cf::kScratchBytes - 64);
+  Request* current = reinterpret_cast<Request*>(scratch + Cf::kScratchBytes - 128);
+  const uint64_t image = swizzled_descriptor(shared_u32(map.image()));
+  uint32_t parity = 0;
+
+  for (; vh * cut.units < cut.cta_begin(blockIdx.x + 1); ++vh) {
+    const int head = vh / p.column_groups, column0 = vh % p.column_groups * Cf::C;
+    if (head != loaded) {
+      __syncthreads();
+      if (thread == 0) load_head(head);
+      loaded = head;
+      image_parity ^= 1;
+      mbarrier_wait(image_bar, image_parity);
+    }
+    int begin, end;
+    cut.part_range(blockIdx.x, warpgroup, vh, begin, end);
+    if (begin >= end) continue;
+
+    int request = find_request(p.requests, p.num_requests, begin, lane);
+    if (lane == 0) *stream.state = StreamState{head, begin, end, wg_warp, request, 0};
+    __syncwarp();
+    int n = 0;
+    stream.issue(p, 0, lane);
+    stream.issue(p, 1, lane);
+    for (; request < p.num_requests; ++request) {
+      const Request r = p.requests[request];
+      if (r.unit_begin >= end) break;
+      if (r.unit_end <= begin || r.unit_end == r.unit_begin) continue;
+      const Item item(r, begin, end, p.window_units, Cf::kGrain);
+      const bool exact = r.last < r.length;
+      const int64_t cell = static_cast<int64_t>(request) * virtual_heads + vh;
+      float* window = exact ? p.window_partials + cell * Cf::kRecord : nullptr;
+      if (item.has_window)
+        attend_window<Cf>(window, record, exchange, p, r, request, head, column0, wg_warp, warpgroup, lane);
+
+      Softmax<Cf> acc;
+      acc.reset();
+      if (item.first < item.last) {
+        warpgroup_barrier(warpgroup);
+        load_query<Cf>(query, p, r, head, column0, wg_thread);
+        if (wg_thread == 0) *current = r;
+        warpgroup_barrier(warpgroup);
+        SlotContext<Cf> x{p, current, reinterpret_cast<const uint4*>(map.mean()), query,
+                          p.sink_rows + static_cast<int64_t>(head) * (Cf::D / 16) * 32, p.key_exponent[head], column0,
+                          0, 0, lane};
+        x.visible_end = min(r.last, r.p0 + 1);
+        x.visible_begin = p.sliding_window > 0 ? r.length - p.sliding_window : 0;
+        attend_latent<Cf>(acc, stream, x, r.first, r.last, item, image, ring, n, parity, wg_warp);
+      }
+      const Sums sums{{acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
+      const int g = lane >> 2;
+      merge_warps<Cf, Cf::GV, Cf::C == 4>(record, exchange, acc.o, sums,
+                                          [&](int i, int y) { return 16 * i + 8 * y + g; }, wg_warp, warpgroup, lane);
+
+      bool finish = true;
+      if (item.units < r.unit_end - r.unit_begin) {  // others hold parts of this request: the last to arrive merges
+        const int slot = piece_slot(p, cut, blockIdx.x, warpgroup, vh, begin, r.unit_begin);
+        float4* to = reinterpret_cast<float4*>(p.partials + static_cast<int64_t>(slot) * Cf::kRecord);
+        for (int i = wg_thread; i < Cf::kRecord / 4; i += 128) __stcg(to + i, reinterpret_cast<float4*>(record)[i]);
+        __threadfence();
+        warpgroup_barrier(warpgroup);
+        if (wg_thread == 0) {
+          const int before = atomicAdd(&p.counters[cell], item.units);
+          *flag = before + item.units == r.unit_end - r.unit_begin;
+          if (*flag) p.counters[cell] = 0;
+          __threadfence();
+        }
+        warpgroup_barrier(warpgroup);
+        finish = *flag;
+        if (finish) merge_pieces<Cf>(record, list, flag + 1, p, cut, r, vh, warpgroup, wg_thread);
+      }
+      if (finish) write_output<Cf>(record, window, p, r, head, column0, wg_warp, lane);
+    }
+  }
+}
+
+}  // namespace kqsvd::decode

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a decode launch needs, as plain pointers and strides. Shared by the kernels, their host launchers and the bindings.
+#pragma once
+
+#include <cstdint>
+
+namespace kqsvd::decode {
+
+// One request of a step as the schedule kernel sees it. Positions are token positions in the sequence.
+struct alignas(16) Request {
+  int unit_begin, unit_end;  // its range of work units in every virtual head
+  int first, last;           // latent positions [first, last); first is aligned to a grain
+  int p0;                    // position of its first query row
+  int row;                   // its first row in query and out
+  int num_rows;              // query rows
+  int length;                // sequence length, new tokens included; exact positions are [last, length)
+};
+
+struct ScheduleParams {
+  const int* seq_lens;         // [num_requests]
+  const int* query_start_loc;  // [num_requests + 1]
+  Request* requests;           // [num_requests + 1]; the last one's unit_begin is the total
+  int num_requests;
+  int window;          // positions kept exactly; 0: none
+  int window_units;    // cost of a request's exact part in work units
+  int sliding_window;  // visible positions; 0: all
+  int grain;           // tokens of one warp's smallest piece of work; four make a unit
+};
+
+struct DecodeParams {
+  const void* query;  // [tokens, num_heads, head_dim], 16-bit
+  int64_t query_token_stride, query_head_stride;
+  void* out;
+  int64_t out_token_stride, out_head_stride;
+  const uint8_t* pages;
+  int64_t page_stride;  // bytes from block to block, a multiple of 16
+  const int* block_table;
+  int64_t block_table_stride;
+  int block_size;
+  const void* window_pages;  // [block, kv_head, token, 2 * head_dim]; strides in elements
+  int64_t window_block_stride, window_head_stride, window_token_stride;
+  const int* window_table;
+  int64_t window_table_stride;
+  int window_block_size;
+  const Request* requests;
+  int num_requests;
+
+  // Constants of the layer, built by vllm_kqsvd/ops/cuda_decode.py.
+  const uint8_t* key_image;   // [kv_head][rows * head_dim] fp16, swizzled: absorb matrix, then 16 mean rows
+  const uint4* mean_tile;     // [kv_head][rope_block / 16][32]: A fragments of the mean basis in log2 units
+  const uint4* sink_rows;     // [kv_head][head_dim / 16][32]: B fragments of sink minus mean
+  const uint32_t* rope_table;  // [rows][head_dim / 2] (cos, sin) fp16 of the block starts
+  int rope_table_moves;       // 0: every block uses row 0 (no RoPE frame)
+  const int* key_exponent;    // [kv_head]: float exponent bits added when a K scale byte is read
+  const uint4* value_basis;   // [kv_head][head_dim / 16][v groups][32]: A fragments of decode_V transposed
+  const float* value_mean;    // [kv_head][2][head_dim]: mean, sink minus mean
+  const float* value_factor;  // [kv_head]: what value_basis was divided by
+  int rotary_dim, rotary_interleaved;
+
+  float scale_log2;      // softmax scale * log2(e), for the exact window
+  float soft_cap_log2;   // soft cap * log2(e); 0: none
+  int sliding_window;    // 0: none
+  int is_bf16;           // dtype of query, out and window pages
+  int num_kv_heads, heads_per_kv, column_groups;
+  int window_units;      // as in the schedule
+
+  // Workspace, shared by all layers.
+  float* partials;         // split results, `partial_floats` each
+  float* window_partials;  // [request][virtual head]
+  int* counters;           // [request][virtual head], zero between launches
+  int num_ctas, max_phases;
+};
+
+}  // namespace kqsvd::decode

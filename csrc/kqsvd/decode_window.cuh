@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over the exact positions [last, length) of one request: at most W + 15 + query rows tokens, 16 a warp at a
+// time, straight from global memory. Head dimensions are permuted freely inside a lane's 16-byte loads.
+#pragma once
+
+#include "decode_merge.cuh"
+
+namespace kqsvd::decode {
+
+// Writes the record of (request, virtual head) to `target`; rows are head dimensions. One warpgroup.
+template <class Cf>
+__device__ __noinline__ void attend_window(float* target, float* record, float* exchange, const DecodeParams& p,
+                                           const Request& r, int request, int head, int column0, int warp,
+                                           int warpgroup, int lane) {
+  constexpr int Q = Cf::D / 32;  // 16-byte vectors of a lane per row
+  const int g = lane >> 2, t = lane & 3;
+  const int column = column0 + g, row = column / p.heads_per_kv;
+  uint4 q[Q];
+  const bool used = g < Cf::C && row < r.num_rows;
+  const uint16_t* query = static_cast<const uint16_t*>(p.query) + (r.row + row) * p.query_token_stride +
+                          (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride + 8 * t;
+#pragma unroll
+  for (int k = 0; k < Q; ++k)
+    q[k] = used ? *reinterpret_cast<const uint4*>(query + 32 * k) : make_uint4(0, 0, 0, 0);
+
+  float o[2 * Q][4];
+#pragma unroll
+  for (int i = 0; i < 2 * Q; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+  Sums s{{kEmptyMax, kEmptyMax}, {0.f, 0.f}, {0.f, 0.f}, {0.f, 0.f}};
+
+  for (int start = r.last + 16 * warp; start < r.length; start += 64) {
+    uint4 key[2][Q], value[2][Q];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int pos = min(start + g + 8 * i, r.length - 1);
+      const int block = p.window_table[request * p.window_table_stride + pos / p.window_block_size];
+      const uint16_t* at = static_cast<const uint16_t*>(p.window_pages) + block * p.window_block_stride +
+                           head * p.window_head_stride + (pos % p.window_block_size) * p.window_token_stride + 8 * t;
+#pragma unroll
+      for (int k = 0; k < Q; ++k) {
+        key[i][k] = *reinterpret_cast<const uint4*>(at + 32 * k);
+        value[i][k] = *reinterpret_cast<const uint4*>(at + Cf::D + 32 * k);
+      }
+    }
+    float score[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < Q; ++k) {
+      if (p.is_bf16) {
+        mma_bf16(score, key[0][k].x, key[1][k].x, key[0][k].y, key[1][k].y, q[k].x, q[k].y);
+        mma_bf16(score, key[0][k].z, key[1][k].z, key[0][k].w, key[1][k].w, q[k].z, q[k].w);
+      } else {
+        mma_f16(score, key[0][k].x, key[1][k].x, key[0][k].y, key[1][k].y, q[k].x, q[k].y);
+        mma_f16(score, key[0][k].z, key[1][k].z, key[0][k].w, key[1][k].w, q[k].z, q[k].w);
+      }
+    }
+    float prob[4], scale[2];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float x = score[e] * p.scale_log2;
+      if (p.soft_cap_log2 > 0.f) x = p.soft_cap_log2 * tanhf(x / p.soft_cap_log2);
+      const int pos = start + g + 8 * (e >> 1), at = r.p0 + (column0 + 2 * t + (e & 1)) / p.heads_per_kv;
+      const bool visible = pos < r.length && pos <= at && (p.sliding_window <= 0 || pos > at - p.sliding_window);
+      score[e] = visible ? x : -1e30f;
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float top = fmaxf(s.max[c], fmaxf(score[c], score[2 + c]));
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+      scale[c] = exp2_fast(s.max[c] - top);
+      s.max[c] = top;
+      prob[c] = exp2_fast(score[c] - top);
+      prob[2 + c] = exp2_fast(score[2 + c] - top);
+      s.p[c] = s.p[c] * scale[c] + prob[c] + prob[2 + c];
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * Q; ++i) o[i][0] *= scale[0], o[i][1] *= scale[1], o[i][2] *= scale[0], o[i][3] *= scale[1];
+
+    // Probabilities as the sum of two 16-bit numbers: the exact part keeps float accuracy.
+    uint32_t high[2], low[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float x = prob[2 * i], y = prob[2 * i + 1];
+      if (p.is_bf16) {
+        high[i] = pack_bf16(x, y);
+        low[i] = pack_bf16(x - __uint_as_float(high[i] << 16), y - __uint_as_float(high[i] & 0xffff0000u));
+      } else {
+        high[i] = pack_f16(x, y);
+        const float2 h = __half22float2(as_half2(high[i]));
+        low[i] = pack_f16(x - h.x, y - h.y);
+      }
+      high[i] = transpose8x8(high[i]);
+      low[i] = transpose8x8(low[i]);
+    }
+#pragma unroll
+    for (int k = 0; k < Q; ++k) {
+      const uint32_t v0[4] = {value[0][k].x, value[0][k].y, value[0][k].z, value[0][k].w};
+      const uint32_t v1[4] = {value[1][k].x, value[1][k].y, value[1][k].z, value[1][k].w};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t a0 = transpose8x8(v0[2 * h]), a1 = transpose8x8(v0[2 * h + 1]);
+        const uint32_t a2 = transpose8x8(v1[2 * h]), a3 = transpose8x8(v1[2 * h + 1]);
+        if (p.is_bf16) {
+          mma_bf16(o[2 * k + h], a0, a1, a2, a3, high[0], high[1]);
+          mma_bf16(o[2 * k + h], a0, a1, a2, a3, low[0], low[1]);
+        } else {
+          mma_f16(o[2 * k + h], a0, a1, a2, a3, high[0], high[1]);
+          mma_f16(o[2 * k + h], a0, a1, a2, a3, low[0], low[1]);
+        }
+      }
+    }
+  }
+  // Accumulator (k, h), row g of half y is dimension 32 k + 8 (g / 2) + 2 (2 h + y) + g % 2.
+  auto dim = [&](int i, int y) { return 32 * (i >> 1) + 8 * (g >> 1) + 4 * (i & 1) + 2 * y + (g & 1); };
+  merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, dim, warp, warpgroup, lane);
+  for (int i = warp * 32 + lane; i < Cf::kRecord / 4; i += 128)
+    __stcg(reinterpret_cast<float4*>(target) + i, reinterpret_cast<const float4*>(record)[i]);
+}
+
+}  // namespace kqsvd::decode
