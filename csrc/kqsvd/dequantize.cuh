@@ -53,7 +53,7 @@ struct DequantizeShared {
   int sink[kRunTokens];
   int source_count[kMaxGroups];
   int2 source[kMaxGroups][8];  // (offset in the side's bytes, bits | half << 4 | position << 8 | shift << 16)
-  int plan[kPlanInts];
+  alignas(16) int plan[kPlanInts];
 };
 
 inline size_t dequantize_shared_bytes(int dim, int groups, int num_bytes, bool decode_shared) {
@@ -137,11 +137,11 @@ __global__ void __launch_bounds__(kDequantizeThreads, 2) dequantize_kernel(const
   if (tid < groups) {
     int count = 0;
     for (int i = 0; i < plan.planes(); ++i) {
-      const int* plane = plan.plane(i);
-      for (int n = 0; n < plane[3]; ++n) {
-        if (plane[4 + n] == tid) {
-          s.source[tid][count++] =
-              make_int2(plane[2] - side.first_byte, plane[0] | plane[1] << 4 | n << 8 | plane[12 + n] << 16);
+      const PlaneView plane = plan.plane(i);
+      for (int n = 0; n < plane.count(); ++n) {
+        if (plane.group(n) == tid) {
+          s.source[tid][count++] = make_int2(plane.offset() - side.first_byte,
+                                             plane.bits() | plane.half() << 4 | n << 8 | plane.shift(n) << 16);
         }
       }
     }
@@ -171,10 +171,12 @@ __global__ void __launch_bounds__(kDequantizeThreads, 2) dequantize_kernel(const
         const int t = i & 3, r = (i >> 2) % kRunTokens, group = (i >> 2) / kRunTokens;
         const uint32_t word = unpack_codes(bytes + (r / kTile) * tile_side, s.source[group], s.source_count[group],
                                            is_value, r % kTile, t);
-        const float zero = static_cast<float>(1 << (plan.width(group) - 1)) - 0.5f;
-        uint32_t* out = reinterpret_cast<uint32_t*>(latents + r * row_bytes + 2 * (group * kGroup + 2 * t));
-        out[0] = pack2(float(word & 255) - zero, float(word >> 16 & 255) - zero, __half());
-        out[4] = pack2(float(word >> 8 & 255) - zero, float(word >> 24) - zero, __half());
+        // fp16 0x6000 + 2c is 512 + c; the zero point, a half integer, is exact there too.
+        const __half2 zero = __float2half2_rn(512.f + static_cast<float>(1 << (plan.width(group) - 1)) - 0.5f);
+        const uint32_t even = (word & 0x00ff00ffu) << 1 | 0x60006000u, odd = (word >> 7 & 0x01fe01feu) | 0x60006000u;
+        __half2* out = reinterpret_cast<__half2*>(latents + r * row_bytes + 2 * (group * kGroup + 2 * t));
+        out[0] = __hsub2(*reinterpret_cast<const __half2*>(&even), zero);
+        out[4] = __hsub2(*reinterpret_cast<const __half2*>(&odd), zero);
       }
       if (tid < kRunTokens) {
         const uint32_t byte = uint8_t(bytes[(tid / kTile) * tile_side + side.num_bytes + tid % kTile]);

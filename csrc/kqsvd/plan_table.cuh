@@ -11,8 +11,18 @@ namespace kqsvd {
 constexpr int kMaxGroups = 16;
 constexpr int kMaxPlanes = 32;
 constexpr int kPlanHeader = 4 + kMaxGroups;  // groups, planes, offset of the scale bytes, 0, code widths
-constexpr int kPlaneInts = 20;               // bits, half, offset in the tile, count, groups[8], shifts[8]
+constexpr int kPlaneInts = 12;  // bits | half << 8 | count << 16, offset in the tile, 0, 0, (group | shift << 8)[8]
 constexpr int kPlanInts = kPlanHeader + kMaxPlanes * kPlaneInts;
+
+struct PlaneView {
+  const int* data;  // aligned to 16 bytes
+  __device__ int bits() const { return data[0] & 255; }
+  __device__ bool half() const { return data[0] >> 8 & 1; }
+  __device__ int count() const { return data[0] >> 16; }
+  __device__ int offset() const { return data[1]; }
+  __device__ int group(int i) const { return data[4 + i] & 255; }
+  __device__ int shift(int i) const { return data[4 + i] >> 8; }
+};
 
 struct PlanView {
   const int* data;
@@ -20,24 +30,27 @@ struct PlanView {
   __device__ int planes() const { return data[1]; }
   __device__ int scale_offset() const { return data[2]; }
   __device__ int width(int group) const { return data[4 + group]; }
-  __device__ const int* plane(int i) const { return data + kPlanHeader + i * kPlaneInts; }
+  __device__ PlaneView plane(int i) const { return {data + kPlanHeader + i * kPlaneInts}; }
 };
 
 // Columns 2t (low 16 bits) and 2t + 1 of one token in a plane: 16 bits each in a full plane, 8 bits in a half plane.
-// `words[group]`, `stride` words apart, are the token's code words of this t.
-__device__ __forceinline__ uint32_t gather_plane(const int* plane, const uint32_t* words, int stride) {
-  const int bits = plane[0], count = plane[3];
+// `words[4 * group]` are the token's code words of this t.
+__device__ __forceinline__ uint32_t gather_plane(const int4& head, const int* entries, const uint32_t* words) {
+  const int bits = head.x & 255, count = head.x >> 16, step = head.x & 256 ? 2 * bits : bits;
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
   uint32_t out = 0;
-  if (plane[1]) {
-    for (int i = 0; i < count; ++i) {
-      const uint32_t field = (words[plane[4 + i] * stride] >> plane[12 + i]) & mask;
-      out |= ((field | field >> (8 - bits)) & 0x00ff00ffu) << (2 * i * bits);
+  int at = 0;
+  for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
+    const int2 e = *reinterpret_cast<const int2*>(entries + i);
+    uint32_t a = (words[4 * (e.x & 255)] >> (e.x >> 8)) & mask;
+    uint32_t b = (words[4 * (e.y & 255)] >> (e.y >> 8)) & mask;
+    if (head.x & 256) {
+      a = (a | a >> (8 - bits)) & 0x00ff00ffu;
+      b = (b | b >> (8 - bits)) & 0x00ff00ffu;
     }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      out |= ((words[plane[4 + i] * stride] >> plane[12 + i]) & mask) << (i * bits);
-    }
+    out |= a << at;
+    if (i + 1 < count) out |= b << (at + step);
+    at += 2 * step;
   }
   return out;
 }

@@ -70,9 +70,12 @@ __device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, 
   const float4* coarse = rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * index;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float4 f = __ldg(fine + i), c = __ldg(coarse + i);
-    const float cos0 = f.x * c.x - f.y * c.y, sin0 = sign * (f.x * c.y + f.y * c.x);
-    const float cos1 = f.z * c.z - f.w * c.w, sin1 = sign * (f.z * c.w + f.w * c.z);
+    float4 f = __ldg(fine + i);
+    if (block >> kFineBits) {  // far from the start: coarse row 0 is the identity
+      const float4 c = __ldg(coarse + i);
+      f = make_float4(f.x * c.x - f.y * c.y, f.x * c.y + f.y * c.x, f.z * c.z - f.w * c.w, f.z * c.w + f.w * c.z);
+    }
+    const float cos0 = f.x, sin0 = sign * f.y, cos1 = f.z, sin1 = sign * f.w;
     if (rope.interleaved) {
       turn_pair(x[4 * i], x[4 * i + 1], cos0, sin0);
       turn_pair(x[4 * i + 2], x[4 * i + 3], cos1, sin1);

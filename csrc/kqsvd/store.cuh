@@ -46,7 +46,7 @@ struct StoreShared {
   float inverse[kTokens];
   float2 partial[kWarpColumns][kTokens];
   float weight[2 * kGroup * kMaxGroups];
-  int plan[kPlanInts];
+  alignas(16) int plan[kPlanInts];
 };
 
 struct StoreRow {
@@ -287,7 +287,7 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
     for (int i = 0; i < GPW; ++i) {
       const int group = wn + i * warp_columns;
       if (group < groups) {
-        const float half = static_cast<float>(1 << (plan.width(group) - 1)), top = 2.f * half - 1.f;
+        const float half = static_cast<float>(1 << (plan.width(group) - 1)), top = 2.f * half - 0.5f;
 #pragma unroll
         for (int m = 0; m < MW; ++m) {
 #pragma unroll
@@ -299,8 +299,9 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
             for (int e = 0; e < 2; ++e) {
 #pragma unroll
               for (int n = 0; n < 2; ++n) {
-                const float level = floorf(u[m][i][n][2 * y + e] * inverse + half);
-                word |= static_cast<uint32_t>(fminf(fmaxf(level, 0.f), top)) << (16 * e + 8 * n);
+                const float level = fminf(fmaxf(u[m][i][n][2 * y + e] * inverse + half, 0.f), top);
+                // Adding 2^23 and rounding down leaves the floor in the low bits.
+                word |= (__float_as_uint(__fadd_rd(level, 8388608.f)) & 255u) << (16 * e + 8 * n);
               }
             }
             codes[r * code_stride + 4 * group + t] = word;
@@ -312,12 +313,13 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
 
     for (int i = tid; i < plan.planes() * kTokens * 4; i += blockDim.x) {
       const int c = i & 3, r = (i >> 2) % kTokens;
-      const int* plane = plan.plane((i >> 2) / kTokens);
+      const PlaneView plane = plan.plane((i >> 2) / kTokens);
       const int64_t page = s.page[buffer][r];
       if (page < 0) continue;
-      const uint32_t bytes = gather_plane(plane, codes + r * code_stride + c, 4);
-      const bool half = plane[1];
-      uint8_t* out = p.pages + page + plane[2];
+      const int4 head = *reinterpret_cast<const int4*>(plane.data);
+      const uint32_t bytes = gather_plane(head, plane.data + 4, codes + r * code_stride + c);
+      const bool half = head.x & 256;
+      uint8_t* out = p.pages + page + head.y;
       const int token = s.token[buffer][r];
       uint8_t* at = out + column_offset(is_value, half, token, 2 * c);
       uint8_t* next = out + column_offset(is_value, half, token, 2 * c + 1);

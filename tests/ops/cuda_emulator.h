@@ -10,6 +10,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -133,6 +134,15 @@ inline int __float_as_int(float x) {
   int y;
   std::memcpy(&y, &x, 4);
   return y;
+}
+inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
+inline float __fadd_rd(float x, float y) {
+  const int mode = std::fegetround();
+  std::fesetround(FE_DOWNWARD);
+  volatile float sum = x;
+  sum = sum + y;
+  std::fesetround(mode);
+  return sum;
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

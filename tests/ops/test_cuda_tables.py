@@ -32,14 +32,16 @@ def packed_tile(table: list[int], codes: torch.Tensor, is_value: bool, tile_byte
     tile = [-1] * tile_bytes
     groups, planes, header = table[0], table[1], 20
     for p in range(planes):
-        bits, half, base, count, *rest = table[header + 20 * p : header + 20 * (p + 1)]
+        head, base, _, _, *entries = table[header + 12 * p : header + 12 * (p + 1)]
+        bits, half, count = head & 255, head >> 8 & 1, head >> 16
+        group, shift = [e & 255 for e in entries], [e >> 8 for e in entries]
         for r in range(TILE):
             for c in range(8):
                 out = 0
                 for i in range(count):
-                    assert rest[i] < groups
+                    assert group[i] < groups
                     fields = [
-                        (int(codes[r, 16 * rest[i] + c + 8 * y]) >> rest[8 + i]) & ((1 << bits) - 1) for y in (0, 1)
+                        (int(codes[r, 16 * group[i] + c + 8 * y]) >> shift[i]) & ((1 << bits) - 1) for y in (0, 1)
                     ]
                     if half:
                         out |= (fields[0] | fields[1] << bits) << (2 * i * bits)
@@ -69,7 +71,7 @@ def test_plan_table_packs_as_the_layout_does(k_bits, v_bits):
         table = plan_table(layout, name).tolist()
         assert table[0] == side.num_groups and table[2] == layout.scale_offset[name]
         assert table[4 : 4 + side.num_groups] == list(side.group_bits)
-        assert len(table) == 20 + 20 * len(side.planes)
+        assert len(table) == 20 + 12 * len(side.planes)
         want = [-1] * layout.tile_bytes
         data = token_bytes(codes, layout, name)
         for r in range(TILE):

@@ -19,14 +19,14 @@ TURN_ROWS = 1024  # coarse and fine rows: 2^20 rope blocks
 
 
 def plan_table(layout: LatentLayout, side: str) -> torch.Tensor:
-    """The side's plan as csrc/kqsvd/plan_table.cuh reads it: [20 + 20 planes] int32."""
+    """The side's plan as csrc/kqsvd/plan_table.cuh reads it: [20 + 12 planes] int32."""
     plan = layout.side(side)
     table = [plan.num_groups, len(plan.planes), layout.scale_offset[side], 0]
     table += [*plan.group_bits, *[0] * (MAX_GROUPS - plan.num_groups)]
     for p, (plane, base) in enumerate(zip(plan.planes, layout.plane_offsets[side], strict=True)):
-        pad = [0] * (8 - len(plane.groups))
-        table += [plane.num_bits, int(plane.is_half), base, len(plane.groups)]
-        table += [*plane.groups, *pad, *(plan.shift(p, g) for g in plane.groups), *pad]
+        table += [plane.num_bits | int(plane.is_half) << 8 | len(plane.groups) << 16, base, 0, 0]
+        table += [g | plan.shift(p, g) << 8 for g in plane.groups]
+        table += [0] * (8 - len(plane.groups))
     return torch.tensor(table, dtype=torch.int32)
 
 
