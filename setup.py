@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of PyTorch 2.10: one build serves every later version
@@ -80,7 +81,8 @@ class BuildCuda(build_ext):
             objects = [str(Path(scratch, f"{i}.o")) for i in range(len(ext.sources))]
 
             def compile_one(job: tuple[str, str]) -> None:
-                subprocess.run([compiler, *flags, "-c", job[0], "-o", job[1]], check=True)
+                if subprocess.run([compiler, *flags, "-c", job[0], "-o", job[1]]).returncode:
+                    raise CompileError(f"nvcc refused {job[0]}; its messages stand above")
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
                 list(pool.map(compile_one, zip(ext.sources, objects, strict=True)))

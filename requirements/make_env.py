@@ -105,7 +105,8 @@ def main() -> None:
         environment.install_gpu()
     else:
         environment.install_cpu()
-    environment.install_project(build_cuda="auto" if device == "gpu" else "0")
+    default = "auto" if device == "gpu" else "0"
+    environment.install_project(build_cuda=os.environ.get("KQSVD_BUILD_CUDA", default))
     stamp.write_text(wanted)
 
 
