@@ -139,6 +139,21 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
     copy_async_wait();
     __syncthreads();
 
+    // Few tokens: latency counts, so the ordinary mean's latents are asked for before the class is known.
+    const int g = lane >> 2, t = lane & 3;
+    const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + 2 * t;
+    float2 early[2][2];
+    if constexpr (kTokens == kTile) {
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int channel = min(wn, groups - 1) * kGroup + 8 * n;
+          early[y][n] = __ldg(reinterpret_cast<const float2*>(means + s.offset[buffer][g + 8 * y] * rank + channel));
+        }
+      }
+    }
+
     {  // rows: exact copy, turn back, class, split into two terms
       const int lanes = 1 << p.chunk_lanes_log2, index = lane & (lanes - 1), rows = 32 >> p.chunk_lanes_log2;
       RopeTurn rope = p.rope;
@@ -228,13 +243,13 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
 
     // Subtract the mean's latents; partial sums of the token scale. Lane (g, t) holds tokens g, g + 8 and channels
     // 2t, 2t + 1 of each n-tile.
-    const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int m = 0; m < MW; ++m) {
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         const int r = (wm * MW + m) * 16 + g + 8 * y;
-        const float* mean = side.latent_mean + (int64_t(head) * 2 * side.period + s.mean_row[r]) * rank + 2 * t;
+        const float* mean = means + s.mean_row[r] * rank;
+        const bool ordinary = s.mean_row[r] < side.period;
         float sum = 0.f, peak = 0.f;
 #pragma unroll
         for (int i = 0; i < GPW; ++i) {
@@ -243,7 +258,12 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
               const int channel = group * kGroup + 8 * n;
-              const float2 mu = __ldg(reinterpret_cast<const float2*>(mean + channel));
+              float2 mu;
+              if (kTokens == kTile && ordinary) {
+                mu = early[y][n];
+              } else {
+                mu = __ldg(reinterpret_cast<const float2*>(mean + channel));
+              }
               const float4 w = *reinterpret_cast<const float4*>(s.weight + 2 * (channel + 2 * t));
               float& u0 = u[m][i][n][2 * y];
               float& u1 = u[m][i][n][2 * y + 1];
