@@ -149,6 +149,42 @@ def to_half(x):
 
 
 @triton.jit
+def exact_tile(
+    position,  # [T]
+    first,  # the step's first position: window pages hold what is before it, key and value what follows
+    stop,
+    row_of_first,
+    head,
+    key,
+    value,
+    window_pages,
+    window_table,  # row of the request
+    key_stride,
+    value_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    WINDOW_BLOCK_SIZE: tl.constexpr,
+):
+    """Exact keys and values of positions [T] below `stop`, zero from there on: each [T, P] float16."""
+    channel = tl.arange(0, PAD)[None, :]
+    old = position < first
+    block = tl.load(window_table + position // WINDOW_BLOCK_SIZE, old, other=0).to(tl.int64)
+    base = block * block_stride + head * head_stride + position % WINDOW_BLOCK_SIZE * token_stride
+    old_at = window_pages + base[:, None] + channel
+    old_mask = old[:, None] & (channel < DIM)
+    row = (row_of_first + position - first).to(tl.int64)[:, None]
+    new_mask = ((position >= first) & (position < stop))[:, None] & (channel < DIM)
+    old_key = to_half(tl.load(old_at, old_mask, other=0.0))
+    old_value = to_half(tl.load(old_at + DIM, old_mask, other=0.0))
+    new_key = to_half(tl.load(key + row * key_stride + head * DIM + channel, new_mask, other=0.0))
+    new_value = to_half(tl.load(value + row * value_stride + head * DIM + channel, new_mask, other=0.0))
+    return tl.where(old[:, None], old_key, new_key), tl.where(old[:, None], old_value, new_value)
+
+
+@triton.jit
 def power_above(x):
     """The power of two above |x| (float32 > 0): 2^(exponent + 1); scaling by it is exact."""
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000

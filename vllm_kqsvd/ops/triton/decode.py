@@ -19,6 +19,7 @@ from vllm_kqsvd.ops.triton.common import (
     block_rotation,
     class_basis,
     dot_split,
+    exact_tile,
     plane_fields,
     power_above,
     rope_partner,
@@ -26,7 +27,6 @@ from vllm_kqsvd.ops.triton.common import (
     soft_capped,
     softmax_step,
     tile_addresses,
-    to_half,
 )
 
 
@@ -230,6 +230,8 @@ def split_kernel(
 @triton.jit
 def merge_kernel(
     query,
+    key,
+    value,
     window_pages,
     window_table,
     query_start,
@@ -241,6 +243,8 @@ def merge_kernel(
     statistics,
     output,
     query_stride,
+    key_stride,
+    value_stride,
     window_table_stride,
     window_block_stride,
     window_head_stride,
@@ -296,19 +300,15 @@ def merge_kernel(
         table = window_table + request.to(tl.int64) * window_table_stride
         for at in range(stop, length, WINDOW_TILE):
             position = at + tl.arange(0, WINDOW_TILE)
-            here = position < length
-            block = tl.load(table + position // WINDOW_BLOCK_SIZE, here, other=0).to(tl.int64)
-            base = block * window_block_stride + head * window_head_stride
-            base += position % WINDOW_BLOCK_SIZE * window_token_stride
-            mask = here[:, None] & (channel < DIM)[None, :]
-            key_at = window_pages + base[:, None] + channel[None, :]
-            key = to_half(tl.load(key_at, mask, other=0.0))
-            value = to_half(tl.load(key_at + DIM, mask, other=0.0))
-            score = tl.dot(q_half, tl.trans(key)) * (norm * SCALE)[:, None]
+            near_key, near_value = exact_tile(
+                position, length - q_len, length, start, head, key, value, window_pages, table, key_stride, value_stride,
+                window_block_stride, window_head_stride, window_token_stride, DIM, PAD, WINDOW_BLOCK_SIZE,
+            )  # fmt: skip
+            score = tl.dot(q_half, tl.trans(near_key)) * (norm * SCALE)[:, None]
             score = soft_capped(score, CAP) * LOG2E
             seen = visible(position, length, q_position, SLIDING) & live[:, None]
             p_, rescale, m_near, total_near = softmax_step(tl.where(seen, score, float("-inf")), m_near, total_near)
-            acc_near = tl.dot(p_.to(tl.float16), value, acc_near * rescale[:, None])
+            acc_near = tl.dot(p_.to(tl.float16), near_value, acc_near * rescale[:, None])
 
     # Splits: ROWS // COLS at a time.
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -350,18 +350,18 @@ def merge_kernel(
     far = far / denominator
     near = near / denominator
 
-    value = tl.zeros([ROWS, PAD], tl.float32)
+    result = tl.zeros([ROWS, PAD], tl.float32)
     for p in tl.static_range(len(V_PLANES)):
         line = V_PLANES[p][4] + tl.arange(0, 16 * V_PLANES[p][1])
         matrix = tl.load(v_decode + (head * V_COLUMNS + line)[:, None] * PAD + channel[None, :])
-        value = tl.dot((acc[p] * far[:, None]).to(tl.float16), matrix, value)
+        result += dot_split(acc[p] * far[:, None], matrix)
     mean = tl.load(v_centers + 2 * head * PAD + channel)
     sink = tl.load(v_centers + (2 * head + 1) * PAD + channel)
-    value = value * tl.load(v_unit + head) + acc_near * near[:, None]
-    value += (total * far)[:, None] * mean[None, :] + (sinks * far)[:, None] * (sink - mean)[None, :]
-    result = tl.sum(tl.reshape(value, (ROWS // COLS, COLS, PAD)), 0)
+    result = result * tl.load(v_unit + head) + acc_near * near[:, None]
+    result += (total * far)[:, None] * mean[None, :] + (sinks * far)[:, None] * (sink - mean)[None, :]
+    folded = tl.sum(tl.reshape(result, (ROWS // COLS, COLS, PAD)), 0)
 
     col = tl.program_id(1) % COL_TILES * COLS + tl.arange(0, COLS)
     out_row = (start + col // GROUP).to(tl.int64) * output_stride + (head * GROUP + col % GROUP) * DIM
     mask = (col < GROUP * q_len)[:, None] & (channel < DIM)[None, :]
-    tl.store(output + out_row[:, None] + channel[None, :], result.to(output.dtype.element_ty), mask)
+    tl.store(output + out_row[:, None] + channel[None, :], folded.to(output.dtype.element_ty), mask)

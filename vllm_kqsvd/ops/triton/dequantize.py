@@ -35,7 +35,11 @@ def expand(
     for p in tl.static_range(len(PLANES)):
         fields = plane_fields(tiles, token, PLANES[p], IS_KEY)
         row = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
-        x = tl.dot(fields, tl.load(decode + row[:, None] * PAD + channel[None, :]), x)
+        matrix = tl.load(decode + row[:, None] * PAD + channel[None, :])
+        high = matrix.to(tl.float16)
+        x = tl.dot(fields, high, x)
+        if not IS_KEY:  # float32 matrix: its remainder, so that decode and prefill read the same values
+            x = tl.dot(fields, (matrix - high.to(tl.float32)).to(tl.float16), x)
     return x * scale[:, None]
 
 

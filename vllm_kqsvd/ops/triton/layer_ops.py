@@ -48,8 +48,6 @@ class TritonOps(LayerOps):
         self._span = min(t, 128)
         on_gpu = device.type == "cuda"
         self._programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
-        tf32 = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-        self._precision = "tf32x3" if tf32 else "ieee"
 
         self._frame = {"ROPE_BLOCK": t, "OFFSETS": k.basis.shape[0]}
         self._frame |= {"HALF_ROT": codec.rope.rotary_dim // 2, "INTERLEAVED": codec.rope.interleaved}
@@ -118,8 +116,8 @@ class TritonOps(LayerOps):
             slot_mapping,
             positions,
             self._rope,
-            *(k.encode, k.weight, k.guard, k.shift, k.half_range, k.means, k.basis),
-            *(v.encode, v.weight, v.guard, v.shift, v.half_range, v.means, v.basis),
+            *(k.encode, k.encode_unit, k.weight, k.guard, k.shift, k.half_range, k.means, k.basis),
+            *(v.encode, v.encode_unit, v.weight, v.guard, v.shift, v.half_range, v.means, v.basis),
             n,
             key.stride(0),
             value.stride(0),
@@ -129,7 +127,6 @@ class TritonOps(LayerOps):
             **self._codes,
             **self._frame,
             TILE=STORE_TILE,
-            PRECISION=self._precision,
         )
         if window_pages is not None and window_slot_mapping is not None:
             store.store_exact_kernel[(tiles, heads)](
@@ -148,7 +145,7 @@ class TritonOps(LayerOps):
 
     def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
         """See LayerOps.attend."""
-        query = _rows(query)
+        query, key, value = (_rows(x) for x in (query, key, value))
         if not _has_dense_rows(output):
             raise KernelError(f"an output with strides {output.stride()} asked for; its heads must lie side by side")
         if window_pages is None or step.window_block_table is None:
@@ -158,14 +155,14 @@ class TritonOps(LayerOps):
         else:
             table, strides = step.window_block_table, window_pages.stride()[:3]
             window_size, length = window_pages.shape[2], self.shape.window
-        exact = (window_pages, table, strides, window_size, length)
+        exact = (key, value, window_pages, table, strides, window_size, length)
         if step.num_decodes:
             self._decode(query, pages, exact, step, output)
         if step.num_reqs > step.num_decodes:
             self._prefill(query, pages, exact, step, output)
 
     def _decode(self, query, pages, exact, step: Step, output) -> None:
-        window_pages, table, strides, window_size, window = exact
+        key, value, window_pages, table, strides, window_size, window = exact
         partial, statistics, splits, tiling = self._partials(step.num_decodes, max(step.max_decode_len, 1))
         k, v = self._k, self._v
         grid = (step.num_decodes, self.shape.num_kv_heads * tiling["COL_TILES"])
@@ -200,6 +197,8 @@ class TritonOps(LayerOps):
         rows = max(16, tiling["COLS"])
         decode.merge_kernel[grid](
             query,
+            key,
+            value,
             window_pages,
             table,
             step.query_start_loc,
@@ -211,6 +210,8 @@ class TritonOps(LayerOps):
             statistics,
             output,
             query.stride(0),
+            key.stride(0),
+            value.stride(0),
             table.stride(0),
             *strides,
             output.stride(0),
@@ -231,7 +232,7 @@ class TritonOps(LayerOps):
         )
 
     def _prefill(self, query, pages, exact, step: Step, output) -> None:
-        window_pages, table, strides, window_size, window = exact
+        key, value, window_pages, table, strides, window_size, window = exact
         k, v, heads = self._k, self._v, self.shape.num_kv_heads
         workspace, state = self._workspace(), self._state()
         tile_rows = PREFILL_ROWS // self._group
@@ -255,9 +256,12 @@ class TritonOps(LayerOps):
                     **self._codes,
                     **self._frame,
                     TILE=schedule.EXPAND_TILE,
+                    num_warps=8,
                 )
             prefill.prefill_kernel[(num_tiles, heads)](
                 query,
+                key,
+                value,
                 workspace,
                 window_pages,
                 table,
@@ -267,6 +271,8 @@ class TritonOps(LayerOps):
                 state,
                 output,
                 query.stride(0),
+                key.stride(0),
+                value.stride(0),
                 workspace.stride(0),
                 table.stride(0),
                 *strides,

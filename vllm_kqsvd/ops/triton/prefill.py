@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_kqsvd.ops.triton.common import LOG2E, power_above, soft_capped, softmax_step, to_half
+from vllm_kqsvd.ops.triton.common import LOG2E, exact_tile, power_above, soft_capped, softmax_step
 from vllm_kqsvd.ops.triton.decode import visible
 from vllm_kqsvd.ops.triton.schedule import FIRST as _FIRST
 from vllm_kqsvd.ops.triton.schedule import LAST as _LAST
@@ -30,6 +30,8 @@ def flash_step(q, key, value, seen, factor, m, total, acc, CAP: tl.constexpr):
 @triton.jit
 def prefill_kernel(
     query,
+    key,
+    value,
     workspace,
     window_pages,
     window_table,
@@ -39,6 +41,8 @@ def prefill_kernel(
     state,  # [H, rows, GROUP, PAD + 2] float32
     output,
     query_stride,
+    key_stride,
+    value_stride,
     workspace_head_stride,
     window_table_stride,
     window_block_stride,
@@ -105,10 +109,10 @@ def prefill_kernel(
         position = at + tl.arange(0, TILE)
         base = space + (slot + position - low).to(tl.int64)[:, None] * (2 * DIM) + channel[None, :]
         mask = (position < high)[:, None] & wide
-        key = tl.load(base, mask, other=0.0)
-        value = tl.load(base + DIM, mask, other=0.0)
+        far_key = tl.load(base, mask, other=0.0)
+        far_value = tl.load(base + DIM, mask, other=0.0)
         seen = visible(position, piece_stop, q_position, SLIDING) & live[:, None]
-        m, total, acc = flash_step(q_half, key, value, seen, factor, m, total, acc, CAP)
+        m, total, acc = flash_step(q_half, far_key, far_value, seen, factor, m, total, acc, CAP)
 
     if flags & LAST == 0:
         tl.store(kept + PAD, m, live)
@@ -122,15 +126,13 @@ def prefill_kernel(
             table = window_table + request.to(tl.int64) * window_table_stride
             for at in range(near, last_position, TILE):
                 position = at + tl.arange(0, TILE)
-                here = position < last_position
-                block = tl.load(table + position // WINDOW_BLOCK_SIZE, here, other=0).to(tl.int64)
-                base = block * window_block_stride + head * window_head_stride
-                base += position % WINDOW_BLOCK_SIZE * window_token_stride
-                key_at = window_pages + base[:, None] + channel[None, :]
-                key = to_half(tl.load(key_at, here[:, None] & wide, other=0.0))
-                value = to_half(tl.load(key_at + DIM, here[:, None] & wide, other=0.0))
+                near_key, near_value = exact_tile(
+                    position, length - q_len, last_position, start, head, key, value, window_pages, table, key_stride,
+                    value_stride, window_block_stride, window_head_stride, window_token_stride, DIM, PAD,
+                    WINDOW_BLOCK_SIZE,
+                )  # fmt: skip
                 seen = visible(position, last_position, q_position, SLIDING) & live[:, None]
-                m, total, acc = flash_step(q_half, key, value, seen, factor, m, total, acc, CAP)
+                m, total, acc = flash_step(q_half, near_key, near_value, seen, factor, m, total, acc, CAP)
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         out_at = output + ((start + token).to(tl.int64) * output_stride + head_offset)[:, None] + channel[None, :]
         tl.store(out_at, result.to(output.dtype.element_ty), live[:, None] & wide)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Store: turn keys back, subtract the mean of the class, project, quantize, pack, scatter; and the exact copy.
 
-One program per (TILE tokens, KV head, side). Products are in float32 (three TF32 products where the GPU has
-them), because a rounded latent can fall into the neighbouring code.
+One program per (TILE tokens, KV head, side). Matrix products carry 22 bits (`common.dot_split`), because a
+rounded latent can fall into the neighbouring code.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vllm_kqsvd.ops.triton.common import (
     block_rotation,
     byte_address,
     class_basis,
+    dot_split,
+    power_above,
     rope_partner,
 )
 
@@ -32,6 +34,7 @@ def store_side(
     pages,
     page_stride,
     encode,
+    units,
     weights,
     guards,
     shifts,
@@ -46,19 +49,20 @@ def store_side(
     BLOCK_SIZE: tl.constexpr,
     TILE_BYTES: tl.constexpr,
     TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Code one side of a tile of tokens and write its bytes."""
     channel = tl.arange(0, PAD)
     line = tl.arange(0, 2 * MEAN_RANK)
     mean_rows = tl.load(means + (head * 2 * MEAN_RANK + line)[:, None] * PAD + channel[None, :])
-    no = offset < 0
-    mean = tl.dot(class_basis(basis, offset, no), mean_rows, input_precision=PRECISION)
-    sink = tl.dot(class_basis(basis, offset, offset >= 0), mean_rows, input_precision=PRECISION)
+    mean = dot_split(class_basis(basis, offset, offset < 0), mean_rows)
+    sink = dot_split(class_basis(basis, offset, offset >= 0), mean_rows)
     to_mean = tl.sum((x - mean) * (x - mean), 1)
     to_sink = tl.sum((x - sink) * (x - sink), 1)
     is_sink = to_sink < to_mean * SINK_RATIO
     x = x - tl.where(is_sink[:, None], sink, mean)
+
+    norm = power_above(tl.max(tl.abs(x), 1))
+    x = x / norm[:, None]
 
     energy = tl.zeros([TILE], tl.float32)
     guard = tl.zeros([TILE], tl.float32)
@@ -66,7 +70,7 @@ def store_side(
     for p in tl.static_range(len(PLANES)):
         column = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
         matrix = tl.load(encode + (head * PAD + channel)[:, None] * COLUMNS + column[None, :])
-        u = tl.dot(x, matrix, input_precision=PRECISION)
+        u = dot_split(x, matrix) * norm[:, None] * tl.load(units + head * COLUMNS + column)[None, :]
         energy += tl.sum(u * u * tl.load(weights + head * COLUMNS + column)[None, :], 1)
         guard = tl.maximum(guard, tl.max(tl.abs(u) * tl.load(guards + head * COLUMNS + column)[None, :], 1))
         latents = latents + (u,)
@@ -108,6 +112,7 @@ def store_kernel(
     positions,
     rope,
     k_encode,
+    k_encode_unit,
     k_weight,
     k_guard,
     k_shift,
@@ -115,6 +120,7 @@ def store_kernel(
     k_means,
     k_basis,
     v_encode,
+    v_encode_unit,
     v_weight,
     v_guard,
     v_shift,
@@ -140,7 +146,6 @@ def store_kernel(
     HALF_ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Code key and value [N, H, d] into pages at slots [N] (int64; < 0: skip)."""
     head = tl.program_id(1)
@@ -166,6 +171,7 @@ def store_kernel(
             pages,
             page_stride,
             k_encode,
+            k_encode_unit,
             k_weight,
             k_guard,
             k_shift,
@@ -180,7 +186,6 @@ def store_kernel(
             BLOCK_SIZE,
             TILE_BYTES,
             TILE,
-            PRECISION,
         )
     else:
         source = value + row.to(tl.int64)[:, None] * value_stride + head * DIM
@@ -193,6 +198,7 @@ def store_kernel(
             pages,
             page_stride,
             v_encode,
+            v_encode_unit,
             v_weight,
             v_guard,
             v_shift,
@@ -207,7 +213,6 @@ def store_kernel(
             BLOCK_SIZE,
             TILE_BYTES,
             TILE,
-            PRECISION,
         )
 
 

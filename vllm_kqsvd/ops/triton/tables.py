@@ -33,8 +33,9 @@ def next_power_of_two(n: int) -> int:
 class SideTables:
     """H heads, P padded head_dim, C columns in stored order, on one device.
 
-    decode [H, C, P] float16: decode rows times their field's weight over `unit`; unit [H] float32 (power of two).
-    encode [H, P, C] float32; weight, guard [H, C] float32: scale weights (a channel's weight counts once).
+    decode [H, C, P] float16 (keys) or float32 (values, which are decoded once per query): decode rows times
+    their field's weight over `unit`; unit [H] float32 (power of two).
+    encode [H, P, C] float32: encode columns over `encode_unit` [H, C] float32 (powers of two). weight, guard [H, C] float32: scale weights (a channel's weight counts once).
     shift [C] int32: weight exponent of the field; half_range [C] float32: 2^(code width - 1).
     means [H, 2 * MEAN_RANK, P] float32: ordinary rows, then sink rows; basis [offsets, MEAN_RANK] float32.
     centers [H, 2, P] float32: mean and sink prototype at offset 0 (for values: at every offset).
@@ -46,6 +47,7 @@ class SideTables:
     decode: torch.Tensor
     unit: torch.Tensor
     encode: torch.Tensor
+    encode_unit: torch.Tensor
     weight: torch.Tensor
     guard: torch.Tensor
     shift: torch.Tensor
@@ -53,6 +55,11 @@ class SideTables:
     means: torch.Tensor
     basis: torch.Tensor
     centers: torch.Tensor
+
+
+def _power_above(x: torch.Tensor) -> torch.Tensor:
+    """Smallest power of two >= x, elementwise (x > 0 assumed; 0 counts as 1e-20): float32."""
+    return (2.0 ** x.clamp_min(1e-20).log2().ceil()).float()
 
 
 def _stored_order(layout: LatentLayout, name: str) -> tuple[tuple[PlaneSpec, ...], list[int], list[int]]:
@@ -82,11 +89,13 @@ def side_tables(codec: LayerCodec, name: str) -> SideTables:
     first = torch.tensor([c not in channels[:i] for i, c in enumerate(channels)], device=device)
 
     rows = side.decode.float()[:, channel] * 2.0 ** shift[:, None]
-    unit = 2.0 ** rows.norm(dim=-1).amax(-1).clamp_min(1e-20).log2().ceil()
+    unit = _power_above(rows.norm(dim=-1).amax(-1))
     decode = torch.zeros(heads, len(channels), padded, device=device)
     decode[..., :dim] = rows / unit[:, None, None]
+    columns = side.encode.float()[..., channel]
+    encode_unit = _power_above(columns.norm(dim=1))
     encode = torch.zeros(heads, padded, len(channels), device=device)
-    encode[:, :dim] = side.encode.float()[..., channel]
+    encode[:, :dim] = columns / encode_unit[:, None]
 
     offsets, width = side.mean_basis.shape
     if width > MEAN_RANK or (name == "v" and offsets != 1):
@@ -102,9 +111,10 @@ def side_tables(codec: LayerCodec, name: str) -> SideTables:
         planes,
         len(channels),
         codec.layout.scale_offset[name],
-        decode.half(),
-        unit.float(),
+        decode.half() if name == "k" else decode,
+        unit,
         encode,
+        encode_unit,
         side.scale_weight.float()[:, channel] * first,
         side.guard_weight.float()[:, channel].contiguous(),
         shift.int(),
