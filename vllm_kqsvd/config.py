@@ -51,8 +51,8 @@ class KQSVDConfig:
             )
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, object]) -> KQSVDConfig:
-        """Typed options from JSON. Raises ConfigError for unknown keys and values of the wrong type."""
+    def check_options(cls, options: Mapping[str, object]) -> None:
+        """Raise ConfigError for unknown keys and values of the wrong type."""
         known = {f.name: f.type for f in fields(cls)}
         for key in options:
             if key not in known:
@@ -64,6 +64,11 @@ class KQSVDConfig:
             want = types[str(known[key])]
             if not isinstance(value, want) or (want is int and isinstance(value, bool)):
                 raise ConfigError(f"kqsvd.{key} is {value!r}; it must be of type {want.__name__}")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, object]) -> KQSVDConfig:
+        """Typed options from JSON. Raises ConfigError as `check_options` does, and without a projection."""
+        cls.check_options(options)
         if "projection" not in options:
             raise ConfigError("kqsvd.projection is missing; give the folder written by `kqsvd calibrate`")
         return cls(**{**options, "projection": Path(str(options["projection"])).expanduser()})  # type: ignore[arg-type]
@@ -78,6 +83,7 @@ class KQSVDConfig:
         options = extra.get(KEY, {}) if isinstance(extra, Mapping) else {}
         if not isinstance(options, Mapping):
             raise ConfigError(f"additional_config.{KEY} is {options!r}; it must be an object of options")
+        cls.check_options(options)
         if "projection" not in options:
             beside = Path(config.model_config.model) / KEY
             if not (beside / "kqsvd_config.json").is_file():

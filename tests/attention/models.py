@@ -28,7 +28,20 @@ def write_model(folder: Path, **overrides: object) -> Path:
     }  # fmt: skip
     config = LlamaConfig(**{**options, **overrides})
     LlamaForCausalLM(config).float().save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words `w0` to `w511` and a chat template that only joins the contents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="w0", eos_token="w1", unk_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 def _faithful(side: SideCodec) -> SideCodec:

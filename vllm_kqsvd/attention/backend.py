@@ -44,6 +44,11 @@ class _Pages(AttentionBackend):
         return head_size % 16 == 0
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Prefill segments and the decode kernel's width are planned from host lengths."""
+        return False
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         """Connectors do not hash the projection, so two nodes could exchange pages neither can read."""
         return False

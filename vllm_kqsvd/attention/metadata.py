@@ -98,7 +98,7 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
             num_reqs=common.num_reqs,
             num_decodes=decodes,
             num_decode_tokens=decode_tokens,
-            max_decode_len=min(common.max_query_len, threshold),
+            max_decode_len=_longest_decode(common, decodes, threshold),
             max_seq_len=common.max_seq_len,
             query_start_loc=common.query_start_loc,
             query_start_loc_cpu=common.query_start_loc_cpu,
@@ -122,3 +122,11 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         request = torch.searchsorted(start[1:].contiguous(), row, right=True).clamp_max(common.num_reqs - 1)
         first = common.seq_lens[request] - start[request + 1]
         return torch.add(row, first, out=self._positions[:n])
+
+
+def _longest_decode(common: CommonAttentionMetadata, decodes: int, threshold: int) -> int:
+    """Largest query length among the leading decode requests, from host integers."""
+    if common.max_query_len <= threshold:
+        return common.max_query_len
+    starts = common.query_start_loc_cpu[: decodes + 1]
+    return int((starts[1:] - starts[:-1]).max()) if decodes else 1
