@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs triton_cases.py in a process of its own, in Triton's interpreter: it has to be chosen before the first import."""
+"""Runs triton_cases.py in Triton's interpreter, which has to be chosen before Triton is first imported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _unusable() -> str | None:
 @pytest.mark.skipif(_unusable() is not None, reason=_unusable() or "")
 def test_kernels_in_the_interpreter():
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("triton_cases.py"))]
+    cases = Path(__file__).with_name("triton_cases.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

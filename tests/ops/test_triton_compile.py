@@ -94,9 +94,7 @@ def launches(monkeypatch, ops, dtype):
 def test_kernels_compile(monkeypatch, tmp_path, target):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     plan = LayerPlan(side_plan(4, 4, 2, 2, 2, 2), side_plan(4, 3, 3, 3, 3))
-    ops = TritonOps(
-        random_codec(plan, heads=2, dim=128), LayerShape(8, 2, 128, 32, 16, 0.1, torch.bfloat16, 64)
-    )
+    ops = TritonOps(random_codec(plan, heads=2, dim=128), LayerShape(8, 2, 128, 32, 16, 0.1, torch.bfloat16, 64))
     arch, shared = TARGETS[target]
     compiled = {}
     for kernel, args, kwargs in launches(monkeypatch, ops, torch.bfloat16):

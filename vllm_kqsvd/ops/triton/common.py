@@ -149,18 +149,12 @@ def to_half(x):
 
 
 @triton.jit
-def exact_tile(
+def window_tile(
     position,  # [T]
-    first,  # the step's first position: window pages hold what is before it, key and value what follows
     stop,
-    row_of_first,
     head,
-    key,
-    value,
     window_pages,
     window_table,  # row of the request
-    key_stride,
-    value_stride,
     block_stride,
     head_stride,
     token_stride,
@@ -168,20 +162,25 @@ def exact_tile(
     PAD: tl.constexpr,
     WINDOW_BLOCK_SIZE: tl.constexpr,
 ):
-    """Exact keys and values of positions [T] below `stop`, zero from there on: each [T, P] float16."""
+    """Keys and values of positions [T] from the exact pages, zero from `stop` on: each [T, P] float16."""
     channel = tl.arange(0, PAD)[None, :]
-    old = position < first
-    block = tl.load(window_table + position // WINDOW_BLOCK_SIZE, old, other=0).to(tl.int64)
+    here = position < stop
+    block = tl.load(window_table + position // WINDOW_BLOCK_SIZE, here, other=0).to(tl.int64)
     base = block * block_stride + head * head_stride + position % WINDOW_BLOCK_SIZE * token_stride
-    old_at = window_pages + base[:, None] + channel
-    old_mask = old[:, None] & (channel < DIM)
-    row = (row_of_first + position - first).to(tl.int64)[:, None]
-    new_mask = ((position >= first) & (position < stop))[:, None] & (channel < DIM)
-    old_key = to_half(tl.load(old_at, old_mask, other=0.0))
-    old_value = to_half(tl.load(old_at + DIM, old_mask, other=0.0))
-    new_key = to_half(tl.load(key + row * key_stride + head * DIM + channel, new_mask, other=0.0))
-    new_value = to_half(tl.load(value + row * value_stride + head * DIM + channel, new_mask, other=0.0))
-    return tl.where(old[:, None], old_key, new_key), tl.where(old[:, None], old_value, new_value)
+    at = window_pages + base[:, None] + channel
+    mask = here[:, None] & (channel < DIM)
+    return to_half(tl.load(at, mask, other=0.0)), to_half(tl.load(at + DIM, mask, other=0.0))
+
+
+@triton.jit
+def step_tile(row, live, head, key, value, key_stride, value_stride, DIM: tl.constexpr, PAD: tl.constexpr):
+    """Keys and values of the step's own rows [T], zero where not `live`: each [T, P] float16."""
+    channel = tl.arange(0, PAD)[None, :]
+    at = row.to(tl.int64)[:, None]
+    mask = live[:, None] & (channel < DIM)
+    k = tl.load(key + at * key_stride + head * DIM + channel, mask, other=0.0)
+    v = tl.load(value + at * value_stride + head * DIM + channel, mask, other=0.0)
+    return to_half(k), to_half(v)
 
 
 @triton.jit

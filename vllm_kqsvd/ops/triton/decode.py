@@ -19,14 +19,15 @@ from vllm_kqsvd.ops.triton.common import (
     block_rotation,
     class_basis,
     dot_split,
-    exact_tile,
     plane_fields,
     power_above,
     rope_partner,
     scale_and_class,
     soft_capped,
     softmax_step,
+    step_tile,
     tile_addresses,
+    window_tile,
 )
 
 
@@ -298,17 +299,22 @@ def merge_kernel(
         norm = power_above(tl.max(tl.abs(q), 1))
         q_half = (q / norm[:, None]).to(tl.float16)
         table = window_table + request.to(tl.int64) * window_table_stride
-        for at in range(stop, length, WINDOW_TILE):
+        first = length - q_len  # window pages hold what is before the step, its own rows the rest
+        for at in tl.range(stop, length, WINDOW_TILE, num_stages=1):
             position = at + tl.arange(0, WINDOW_TILE)
-            near_key, near_value = exact_tile(
-                position, length - q_len, length, start, head, key, value, window_pages, table, key_stride, value_stride,
-                window_block_stride, window_head_stride, window_token_stride, DIM, PAD, WINDOW_BLOCK_SIZE,
+            old_key, old_value = window_tile(
+                position, first, head, window_pages, table, window_block_stride, window_head_stride,
+                window_token_stride, DIM, PAD, WINDOW_BLOCK_SIZE,
             )  # fmt: skip
-            score = tl.dot(q_half, tl.trans(near_key)) * (norm * SCALE)[:, None]
+            own = (position >= first) & (position < length)
+            own_key, own_value = step_tile(
+                start + position - first, own, head, key, value, key_stride, value_stride, DIM, PAD
+            )
+            score = tl.dot(q_half, tl.trans(old_key + own_key)) * (norm * SCALE)[:, None]
             score = soft_capped(score, CAP) * LOG2E
             seen = visible(position, length, q_position, SLIDING) & live[:, None]
             p_, rescale, m_near, total_near = softmax_step(tl.where(seen, score, float("-inf")), m_near, total_near)
-            acc_near = tl.dot(p_.to(tl.float16), near_value, acc_near * rescale[:, None])
+            acc_near = tl.dot(p_.to(tl.float16), old_value + own_value, acc_near * rescale[:, None])
 
     # Splits: ROWS // COLS at a time.
     m = tl.full([ROWS], float("-inf"), tl.float32)

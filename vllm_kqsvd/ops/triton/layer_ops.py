@@ -226,7 +226,7 @@ class TritonOps(LayerOps):
             COLS=tiling["COLS"],
             COL_TILES=tiling["COL_TILES"],
             ROWS=rows,
-            WINDOW_TILE=64 if self._pad <= 128 else 32,
+            WINDOW_TILE=32,
             num_warps=8 if rows * self._pad > 4096 else 4,
             num_stages=2,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_kqsvd.ops.triton.common import LOG2E, exact_tile, power_above, soft_capped, softmax_step
+from vllm_kqsvd.ops.triton.common import LOG2E, power_above, soft_capped, softmax_step, step_tile, window_tile
 from vllm_kqsvd.ops.triton.decode import visible
 from vllm_kqsvd.ops.triton.schedule import FIRST as _FIRST
 from vllm_kqsvd.ops.triton.schedule import LAST as _LAST
@@ -120,19 +120,27 @@ def prefill_kernel(
         tl.store(kept[:, None] + channel[None, :], acc, live[:, None])
     else:
         if WINDOW > 0:
-            near = tl.maximum(length - q_len + 1 - WINDOW, 0) // 16 * 16
+            first = length - q_len  # window pages hold what is before the step, its own rows the rest
+            near = tl.maximum(first + 1 - WINDOW, 0) // 16 * 16
             if SLIDING > 0:
-                near = tl.maximum(near, (length - q_len + first_row + 1 - SLIDING) // TILE * TILE)
+                near = tl.maximum(near, (first + first_row + 1 - SLIDING) // TILE * TILE)
             table = window_table + request.to(tl.int64) * window_table_stride
-            for at in range(near, last_position, TILE):
+            for at in tl.range(near, first, TILE, num_stages=1):
                 position = at + tl.arange(0, TILE)
-                near_key, near_value = exact_tile(
-                    position, length - q_len, last_position, start, head, key, value, window_pages, table, key_stride,
-                    value_stride, window_block_stride, window_head_stride, window_token_stride, DIM, PAD,
-                    WINDOW_BLOCK_SIZE,
+                old_key, old_value = window_tile(
+                    position, first, head, window_pages, table, window_block_stride, window_head_stride,
+                    window_token_stride, DIM, PAD, WINDOW_BLOCK_SIZE,
                 )  # fmt: skip
+                seen = visible(position, first, q_position, SLIDING) & live[:, None]
+                m, total, acc = flash_step(q_half, old_key, old_value, seen, factor, m, total, acc, CAP)
+            for at in range(tl.maximum(near, first), last_position, TILE):
+                position = at + tl.arange(0, TILE)
+                own_row = start + position - first
+                own_key, own_value = step_tile(
+                    own_row, position < last_position, head, key, value, key_stride, value_stride, DIM, PAD
+                )
                 seen = visible(position, last_position, q_position, SLIDING) & live[:, None]
-                m, total, acc = flash_step(q_half, near_key, near_value, seen, factor, m, total, acc, CAP)
+                m, total, acc = flash_step(q_half, own_key, own_value, seen, factor, m, total, acc, CAP)
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         out_at = output + ((start + token).to(tl.int64) * output_stride + head_offset)[:, None] + channel[None, :]
         tl.store(out_at, result.to(output.dtype.element_ty), live[:, None] & wide)

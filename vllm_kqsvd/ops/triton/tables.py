@@ -35,7 +35,8 @@ class SideTables:
 
     decode [H, C, P] float16 (keys) or float32 (values, which are decoded once per query): decode rows times
     their field's weight over `unit`; unit [H] float32 (power of two).
-    encode [H, P, C] float32: encode columns over `encode_unit` [H, C] float32 (powers of two). weight, guard [H, C] float32: scale weights (a channel's weight counts once).
+    encode [H, P, C] float32: encode columns over `encode_unit` [H, C] float32 (powers of two).
+    weight, guard [H, C] float32: scale weights (a channel's weight counts once).
     shift [C] int32: weight exponent of the field; half_range [C] float32: 2^(code width - 1).
     means [H, 2 * MEAN_RANK, P] float32: ordinary rows, then sink rows; basis [offsets, MEAN_RANK] float32.
     centers [H, 2, P] float32: mean and sink prototype at offset 0 (for values: at every offset).
