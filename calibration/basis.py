@@ -97,7 +97,9 @@ def make_basis(
         encode, decode, _ = klt(covariance if query_gram is None else covariance + query_gram, eye)
     elif name == "weight_svd":
         if weight_gram is None:
-            raise CalibrationError("basis 'weight_svd' needs k_proj and v_proj weights of their own; choose another basis")
+            raise CalibrationError(
+                "basis 'weight_svd' needs k_proj and v_proj weights of their own; choose another basis"
+            )
         encode, decode, _ = klt(weight_gram, eye)
     elif name in ("channel_prune", "identity"):
         encode, decode = eye.clone(), eye.clone()

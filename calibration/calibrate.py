@@ -82,7 +82,9 @@ def calibrate(
     """
     options = options or CalibrateOptions()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    statistics, layers, corpus = collect_statistics(model_dir, data, options, output=output, resume=resume, device=device)
+    statistics, layers, corpus = collect_statistics(
+        model_dir, data, options, output=output, resume=resume, device=device
+    )
     return project(model_dir, layers, statistics, corpus, options, device)
 
 
@@ -98,7 +100,7 @@ def collect_statistics(
     """The part that runs the model: (statistics of all windows, layers, text)."""
     collect = options.collect
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
-    corpus = Corpus(data, tokenizer, collect.window_length, collect.seed)
+    corpus = Corpus(data, tokenizer, collect.window_length, collect.seed, collect.chat)
     model = load_model(str(model_dir), device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
     layers = probe(model)
     collector = Collector(model, layers, corpus, collect)
@@ -166,7 +168,10 @@ def project(
         for layer, frame, index, result in zip(layers, frames, rope_index, solved, strict=True)
     }
     return Projection(
-        fingerprint, entries, describe(corpus, statistics, options, total, fingerprint.head_dim), [s.logit_error for s in solved]
+        fingerprint,
+        entries,
+        describe(corpus, statistics, options, total, fingerprint.head_dim),
+        [s.logit_error for s in solved],
     )
 
 
@@ -217,23 +222,27 @@ def _with_settings(
             out.append(layer)
             index.append(0)
             continue
-        for n, setting in enumerate(fingerprint.rope):
-            same = setting.rotary_dim == layer.rope.rotary_dim and setting.interleaved == layer.rope.interleaved
-            if same and torch.allclose(setting.inv_freq, layer.rope.inv_freq, rtol=1e-4, atol=0):
-                break
-        else:
-            raise CalibrationError(
-                f"{layer.name} rotates its keys otherwise than the model's config says "
-                f"({layer.rope.rotary_dim} dims, {'interleaved' if layer.rope.interleaved else 'neox'}); "
-                "this architecture is not supported"
-            )
-        if setting.has_sections and options.rope_mode != "post":
+        n = _setting_of(layer, fingerprint)
+        if fingerprint.rope[n].has_sections and options.rope_mode != "post":
             raise CalibrationError(
                 "the model has three-dimensional positions (mRoPE), which no rope block fits; use --rope-mode post"
             )
-        out.append(dataclasses.replace(layer, rope=setting.spec()))
+        out.append(dataclasses.replace(layer, rope=fingerprint.rope[n].spec()))
         index.append(n)
     return out, index
+
+
+def _setting_of(layer: LayerInfo, fingerprint: ModelFingerprint) -> int:
+    found = layer.rope
+    for n, setting in enumerate(fingerprint.rope):
+        if (setting.rotary_dim, setting.interleaved) == (found.rotary_dim, found.interleaved) and torch.allclose(
+            setting.inv_freq, found.inv_freq, rtol=1e-4, atol=0
+        ):
+            return n
+    raise CalibrationError(
+        f"{layer.name} rotates its keys otherwise than the model's config says ({found.rotary_dim} dims, "
+        f"{'interleaved' if found.interleaved else 'neox'}); this architecture is not supported"
+    )
 
 
 def _longest_position(model_dir: str | Path) -> int:

@@ -85,7 +85,9 @@ def _capture(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     soft_cap = float(kwargs.get("softcap") or 0.0)
     if kwargs.get("s_aux") is not None:
-        raise UnsupportedError(f"{type(module).__name__} adds learned sinks to its softmax; such models are not supported")
+        raise UnsupportedError(
+            f"{type(module).__name__} adds learned sinks to its softmax; such models are not supported"
+        )
     if query.shape[0] != 1 or key.shape[-1] != value.shape[-1]:
         raise UnsupportedError(
             f"{type(module).__name__} has keys {tuple(key.shape)} and values {tuple(value.shape)}; one sequence with "

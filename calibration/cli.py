@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="text: .txt, .md or .jsonl")
     budget = parser.add_mutually_exclusive_group()
     presets = ", ".join(f"{name} {bits:g}" for name, bits in PRESETS.items())
-    budget.add_argument("--preset", choices=tuple(PRESETS), help=f"bits per element by name: {presets} (default balanced)")
+    budget.add_argument(
+        "--preset", choices=tuple(PRESETS), help=f"bits per element by name: {presets} (default balanced)"
+    )
     budget.add_argument("--bits", type=float, help="bits per element of K and V")
     budget.add_argument("--ratio", metavar="N[x]", help="compression against a 16-bit cache, e.g. 5x")
     parser.add_argument("--basis", choices=BASES, default=defaults.basis, help="latent basis (default %(default)s)")
@@ -35,24 +37,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope-block", type=int, default=0, metavar="T", help="positions per rope block (default 32, or 64 if GQA > 4)"
     )
     parser.add_argument(
-        "--max-model-len", type=int, default=0, metavar="N", help="positions --rope-mode post must serve (default: model's)"
+        "--max-model-len",
+        type=int,
+        default=0,
+        metavar="N",
+        help="positions --rope-mode post must serve (default: model's)",
     )
-    parser.add_argument("--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans (default %(default)s)")
-    parser.add_argument("--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)")
-    parser.add_argument("--window-length", type=int, default=collect.window_length, help="tokens each (default %(default)s)")
     parser.add_argument(
-        "--gradient-windows", type=int, default=collect.gradient_windows, help="windows with gradients (default %(default)s)"
+        "--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans (default %(default)s)"
+    )
+    parser.add_argument(
+        "--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--window-length", type=int, default=collect.window_length, help="tokens each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--gradient-windows",
+        type=int,
+        default=collect.gradient_windows,
+        help="windows with gradients (default %(default)s)",
     )
     parser.add_argument(
         "--gradient-length", type=int, default=collect.gradient_length, help="tokens each (default %(default)s)"
     )
     parser.add_argument("--samples", type=int, default=collect.samples, help="tokens kept for the quantizer's tables")
     parser.add_argument(
-        "--exact-window", type=int, default=collect.window, help="recent tokens that will be served exactly (default %(default)s)"
+        "--exact-window",
+        type=int,
+        default=collect.window,
+        help="recent tokens that will be served exactly (default %(default)s)",
     )
     parser.add_argument(
         "--no-backward", action="store_true", help="gradients of each layer's own output only: no backward pass"
     )
+    parser.add_argument("--no-chat", action="store_true", help="no windows in the tokenizer's chat template")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from an interrupted run of the same options")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -68,6 +87,7 @@ def options_from(args: argparse.Namespace) -> CalibrateOptions:
         samples=args.samples,
         window=args.exact_window,
         backward=not args.no_backward,
+        chat=not args.no_chat,
         seed=args.seed,
     )
     return CalibrateOptions(
@@ -118,8 +138,7 @@ def summary(projection: Projection, output: Path, digest: str, seconds: float) -
             f"  {len(projection.layers)} layers, {len(plans)} bit plans, "
             f"{projection.calibration['bits_per_element']:.3f} bits per element with scales, "
             f"{projection.compression_ratio():.2f}x smaller than 16 bits (exact window not counted)",
-            f"  predicted relative logit error: mean {sum(error) / max(1, len(error)):.4f}, worst {max(error, default=0.0):.4f}",
+            f"  predicted relative logit error: mean {sum(error) / max(1, len(error)):.4f}, "
+            f"worst {max(error, default=0.0):.4f}",
         )
     )
-
-

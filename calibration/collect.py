@@ -27,7 +27,8 @@ _SAVE_SECONDS = 30.0
 @dataclass(frozen=True)
 class CollectOptions:
     """What to collect. `backward`: gradients of the model's loss; otherwise of random directions of each layer's own
-    output, which need no backward pass through the model. `window`: exact recent tokens left out of the gradients."""
+    output, which need no backward pass through the model. `window`: exact recent tokens left out of the gradients.
+    `chat`: one window in eight goes through the tokenizer's chat template, if it has one."""
 
     num_windows: int = 64
     window_length: int = 2048
@@ -36,6 +37,7 @@ class CollectOptions:
     samples: int = 4096
     window: int = 64
     backward: bool = True
+    chat: bool = True
     seed: int = 0
 
 
@@ -77,7 +79,9 @@ class Collector:
     def run(self, statistics: Statistics, steps: Iterable[int], save_to: Path | None = None) -> Statistics:
         """Add the windows `steps`; saves now and then to `save_to`, so that a killed run can go on."""
         saved = time.monotonic()
-        for step in tqdm(list(steps), desc="calibrating", unit="window", initial=statistics.steps_done, total=self.num_steps):
+        for step in tqdm(
+            list(steps), desc="calibrating", unit="window", initial=statistics.steps_done, total=self.num_steps
+        ):
             if step < self.options.num_windows:
                 self._moments(statistics, step)
             else:

@@ -39,7 +39,7 @@ def _worker(
     from vllm_kqsvd.calibration.corpus import Corpus
     from vllm_kqsvd.calibration.model_probe import probe
 
-    corpus = Corpus(data, AutoTokenizer.from_pretrained(model_dir), collect.window_length, collect.seed)
+    corpus = Corpus(data, AutoTokenizer.from_pretrained(model_dir), collect.window_length, collect.seed, collect.chat)
     model = load_model(model_dir, device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
     statistics = _from_bytes(start, device)
     Collector(model, probe(model), corpus, collect).run(statistics, steps)

@@ -9,6 +9,7 @@ before RoPE, and serve every rope mode and block length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -36,7 +37,9 @@ class Frame:
             raise CalibrationError(f"rope mode {self.mode!r} asked for; choose one of {', '.join(ROPE_MODES)}")
         want = {"pre": 1, "post": 0, "none": 0}.get(self.mode, self.rope_block)
         if self.rope_block != want or (self.mode == "page" and self.rope_block < 1):
-            raise CalibrationError(f"rope mode {self.mode!r} with a rope block of {self.rope_block} positions asked for")
+            raise CalibrationError(
+                f"rope mode {self.mode!r} with a rope block of {self.rope_block} positions asked for"
+            )
 
     @property
     def num_offsets(self) -> int:
@@ -49,7 +52,7 @@ class Frame:
 
     def average(self, gram: torch.Tensor) -> torch.Tensor:
         """Mean over the frame's offsets of R_j gram R_j^T; gram [..., d, d] float64."""
-        return rotation_average(gram, self.rope, torch.ones(self.num_offsets, dtype=torch.float64))
+        return rotation_average(gram, self.rope, uniform_offsets(self.num_offsets))
 
     def apply(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """R_j x for keys before RoPE x [N, H, d] and offsets [N]."""
@@ -68,20 +71,69 @@ def planes_of(rope: RopeSpec, dim: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return torch.cat((re, rest[0::2])), torch.cat((im, rest[1::2])), freq
 
 
-def rotation_average(gram: torch.Tensor, rope: RopeSpec, weights: torch.Tensor) -> torch.Tensor:
-    """sum_j w_j R_j gram R_j^T / sum_j w_j, exactly. gram [..., d, d], weights [n] for j = 0 .. n-1.
+@dataclass(frozen=True)
+class OffsetLaw:
+    """A distribution of rotation offsets 0 .. count - 1: uniform, or the causal law of a text's distances.
 
-    In complex plane coordinates z the moments E[z_a conj z_b] and E[z_a z_b] are multiplied by the weights'
+    `first` > 0: distance j >= first has weight count - j (the number of query-key pairs of one text of `count` tokens
+    at that distance), nearer ones none. 0: all offsets alike.
+    """
+
+    count: int
+    first: int = 0
+
+    def weights(self) -> torch.Tensor:
+        """Unnormalized weights [count] float64."""
+        j = torch.arange(self.count, dtype=torch.float64)
+        return torch.where(j >= self.first, self.count - j, 0.0) if self.first else torch.ones_like(j)
+
+    def characteristic(self, omega: torch.Tensor) -> torch.Tensor:
+        """Mean of exp(i omega j) for omega [...] float64, complex128."""
+        if self.first == 0:  # a geometric series, whatever the length
+            half = (omega / 2).remainder(torch.pi)
+            resonant = half.sin().abs() < 1e-12
+            ratio = (omega / 2 * self.count).sin() / torch.where(resonant, 1.0, (omega / 2).sin()) / self.count
+            return torch.where(resonant, 1.0, torch.polar(torch.ones_like(omega), omega / 2 * (self.count - 1)) * ratio)
+        w = (self.weights() / self.weights().sum()).to(omega.device)
+        out = torch.zeros(omega.shape, dtype=torch.complex128, device=omega.device)
+        for start in range(0, self.count, 512):
+            j = torch.arange(start, min(start + 512, self.count), device=omega.device, dtype=torch.float64)
+            angle = omega[..., None] * j
+            part = w[start : start + 512]
+            out += torch.complex((angle.cos() * part).sum(-1), (angle.sin() * part).sum(-1))
+        return out
+
+
+def uniform_offsets(count: int) -> OffsetLaw:
+    """Offsets 0 .. count - 1, all alike."""
+    return OffsetLaw(count)
+
+
+def distance_law(window: int, context: int) -> OffsetLaw:
+    """Distances at which queries of a text of `context` tokens read coded keys; the last `window` are exact."""
+    return OffsetLaw(max(context, 2 * window, 2), max(window, 1))
+
+
+@lru_cache(maxsize=32)
+def _multipliers(freq: tuple[float, ...], law: OffsetLaw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Characteristic function at all differences and all sums of two plane frequencies, [planes, planes] each."""
+    f = torch.tensor(freq, dtype=torch.float64)
+    return law.characteristic(f[:, None] - f[None, :]), law.characteristic(f[:, None] + f[None, :])
+
+
+def rotation_average(gram: torch.Tensor, rope: RopeSpec, law: OffsetLaw) -> torch.Tensor:
+    """Mean over the law's offsets of R_j gram R_j^T, exactly; gram [..., d, d] float64 on the CPU.
+
+    In complex plane coordinates z the moments E[z_a conj z_b] and E[z_a z_b] are multiplied by the law's
     characteristic function at the difference and at the sum of the two frequencies.
     """
-    if rope.rotary_dim == 0 or weights.numel() == 1:
+    if rope.rotary_dim == 0 or law.count == 1:
         return gram.clone()
-    re, im, freq = (t.to(gram.device) for t in planes_of(rope, gram.shape[-1]))
-    block = {(a, b): gram[..., i[:, None], j[None, :]] for a, i in (("r", re), ("i", im)) for b, j in (("r", re), ("i", im))}
-    minus = torch.complex(block["r", "r"] + block["i", "i"], block["i", "r"] - block["r", "i"])
-    plus = torch.complex(block["r", "r"] - block["i", "i"], block["i", "r"] + block["r", "i"])
-    minus = minus * _characteristic(freq[:, None] - freq[None, :], weights)
-    plus = plus * _characteristic(freq[:, None] + freq[None, :], weights)
+    re, im, freq = planes_of(rope, gram.shape[-1])
+    rr, ri, ir, ii = (gram[..., a[:, None], b[None, :]] for a in (re, im) for b in (re, im))
+    difference, total = _multipliers(tuple(freq.tolist()), law)
+    minus = torch.complex(rr + ii, ir - ri) * difference
+    plus = torch.complex(rr - ii, ir + ri) * total
     out = torch.empty_like(gram)
     out[..., re[:, None], re[None, :]] = (minus + plus).real / 2
     out[..., im[:, None], im[None, :]] = (minus - plus).real / 2
@@ -90,20 +142,12 @@ def rotation_average(gram: torch.Tensor, rope: RopeSpec, weights: torch.Tensor) 
     return out
 
 
-def _characteristic(omega: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_j w_j exp(i omega j) / sum_j w_j for omega [...], complex128; offsets in chunks to bound memory."""
-    w = (weights.double() / weights.double().sum()).to(omega.device)
-    out = torch.zeros(omega.shape, dtype=torch.complex128, device=omega.device)
-    for start in range(0, w.numel(), 512):
-        j = torch.arange(start, min(start + 512, w.numel()), device=omega.device, dtype=torch.float64)
-        angle = omega[..., None] * j
-        part = w[start : start + 512]
-        out += torch.complex((angle.cos() * part).sum(-1), (angle.sin() * part).sum(-1))
+def rotate_mean(x: torch.Tensor, rope: RopeSpec, law: OffsetLaw, sign: int = 1) -> torch.Tensor:
+    """Mean over the law's offsets of R_{sign j} x; x [..., d] float64."""
+    if rope.rotary_dim == 0 or law.count == 1:
+        return x.clone()
+    re, im, freq = planes_of(rope, x.shape[-1])
+    z = torch.complex(x[..., re], x[..., im]) * law.characteristic(sign * freq)
+    out = torch.empty_like(x)
+    out[..., re], out[..., im] = z.real, z.imag
     return out
-
-
-def distance_weights(window: int, context: int) -> torch.Tensor:
-    """Causal distance law of coded keys: weight of distance j is the number of query-key pairs of one text of
-    `context` tokens at that distance, zero inside the exact window. [context] float64."""
-    j = torch.arange(max(context, window + 1), dtype=torch.float64)
-    return torch.where(j >= window, j.numel() - j, torch.zeros_like(j))

@@ -38,7 +38,9 @@ def attention_gradients(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of sum(attention(q, k, v) * grad): dq, dk, dv, and the parts of dk, dv through queries at least
-    `window` positions later. q, grad [Hq, T, d]; k, v [H, T, d]; mask [T, T] bool (True: attend) or additive, None: causal.
+    `window` positions later.
+
+    q, grad [Hq, T, d]; k, v [H, T, d]; mask [T, T] bool (True: attend) or additive, None: causal.
     """
     heads, length = k.shape[0], k.shape[1]
     group = q.shape[0] // heads

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kqsvd.calibration.frames import Frame
+from vllm_kqsvd.calibration.frames import Frame, OffsetLaw, rotate_mean, uniform_offsets
 from vllm_kqsvd.codec import MEAN_RANK
+from vllm_kqsvd.ops.rope_block import RopeSpec
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def key_means(mean: torch.Tensor, sink: torch.Tensor, frame: Frame) -> MeanFacto
     if frame.mode == "none" or frame.rope_block == 1:
         return fixed_means(mean, sink)
     if frame.mode == "post":
-        moved = _average_vector(mean, frame)
+        moved = rotate_mean(mean, frame.rope, uniform_offsets(frame.num_offsets))
         same = (mean == sink).all(-1, keepdim=True)
         return fixed_means(moved, torch.where(same, moved, sink))
     heads, dim = mean.shape
@@ -59,25 +60,7 @@ def key_means(mean: torch.Tensor, sink: torch.Tensor, frame: Frame) -> MeanFacto
     return MeanFactors(u[:, :rank].contiguous(), factor[:heads], factor[heads:], residual)
 
 
-def _average_vector(mean: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """Average over the frame's offsets of R_j mean."""
-    n = frame.num_offsets
-    total = torch.zeros_like(mean)
-    for start in range(0, n, 4096):
-        offsets = torch.arange(start, min(start + 4096, n))
-        total += frame.apply(mean[None].expand(len(offsets), -1, -1), offsets).sum(0)
-    return total / n
-
-
-def logit_mean_energy(mean: torch.Tensor, query_gram: torch.Tensor, frame: Frame, weights: torch.Tensor) -> torch.Tensor:
-    """Energy of a query's mean logit over keys at distances of `weights`: a constant the softmax does not see. [H]."""
-    moved = torch.zeros_like(mean)
-    total = weights.sum()
-    for start in range(0, weights.numel(), 4096):
-        part = weights[start : start + 4096]
-        offsets = -torch.arange(start, start + part.numel())
-        turned = frame.apply(mean[None].expand(part.numel(), -1, -1), offsets)
-        moved += torch.einsum("n,nhd->hd", part / total, turned)
+def logit_mean_energy(mean: torch.Tensor, query_gram: torch.Tensor, rope: RopeSpec, law: OffsetLaw) -> torch.Tensor:
+    """Energy of a query's mean logit over keys at distances of `law`: a constant the softmax does not see. [H]."""
+    moved = rotate_mean(mean, rope, law, sign=-1)
     return torch.einsum("hd,hde,he->h", moved, query_gram, moved)
-
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kqsvd.calibration.frames import Frame, distance_weights, rotation_average
+from vllm_kqsvd.calibration.frames import Frame, distance_law, rotation_average
 from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.statistics import LayerStatistics
 from vllm_kqsvd.errors import CalibrationError
@@ -38,12 +38,14 @@ def matrix_root(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return v * w.sqrt()[..., None, :] @ v.mT, v * w.rsqrt()[..., None, :] @ v.mT
 
 
-def kq_metric(side: str, stats: LayerStatistics, layer: LayerInfo, frame: Frame, window: int, context: int) -> torch.Tensor:
+def kq_metric(
+    side: str, stats: LayerStatistics, layer: LayerInfo, frame: Frame, window: int, context: int
+) -> torch.Tensor:
     """K: E[R_m q q^T R_m^T] scaled as logits are, over the causal distances m >= window of a text of `context` tokens
     and over the frame's offsets. V: sum over the group of W_O W_O^T (identity if the projection is not found)."""
     if side == "k":
         gram = stats.query_gram().cpu() * layer.scale**2
-        near = rotation_average(gram, layer.rope, distance_weights(window, context))
+        near = rotation_average(gram, layer.rope, distance_law(window, context))
         return frame.average(near)
     weight = layer.output_weight()
     if weight is None:

@@ -89,22 +89,19 @@ def fit_quantizer(
     """
     variance = z.square().mean(0).clamp_min(1e-30)
     base = token_scale(z, variance, vote)
-    scale_weight = vote / variance / vote.sum(-1, keepdim=True).clamp_min(1)
     half = (2.0 ** (bits - 1)).to(z.dtype)
-    best_cost, best = None, None
-    step, _ = fit_steps(z, bits, round_scale(base))
-    for guard in _GUARDS:
-        fence = 1 / (guard * half)
-        scale = torch.maximum(base, (z.abs() * (fence / step)).amax(-1))
-        trial, error = fit_steps(z, bits, round_scale(scale))
-        cost = (error * weight).sum(-1, keepdim=True)
-        guard_weight = fence.expand_as(step) * trial / step  # the file's latents are in units of the final step
-        new = (trial, guard_weight)
-        if best is None or best_cost is None:
-            best, best_cost = new, cost
-        else:
-            better = cost < best_cost
-            best = (torch.where(better, new[0], best[0]), torch.where(better, new[1], best[1]))
-            best_cost = torch.minimum(cost, best_cost)
-    assert best is not None
-    return best[0], scale_weight * best[0].square(), best[1]
+    first, _ = fit_steps(z, bits, round_scale(base))
+    reach = (z.abs() / (half * first)).amax(-1)  # the furthest channel of every token, in ranges of unit scale
+    best_cost: torch.Tensor | None = None
+    guard = torch.full_like(variance[:, :1], _GUARDS[-1])
+    for trial in _GUARDS:
+        s = round_scale(torch.maximum(base, reach / trial))[..., None]
+        cost = ((midrise(z / s, first, half) * s - z).square() * weight).sum((0, 2))[:, None]
+        better = torch.ones_like(guard, dtype=torch.bool) if best_cost is None else cost < best_cost
+        guard = torch.where(better, trial, guard)
+        best_cost = cost if best_cost is None else torch.minimum(cost, best_cost)
+    scale = round_scale(torch.maximum(base, reach / guard[:, 0]))
+    step, _ = fit_steps(z, bits, scale)
+    # In units of the final step: |z| / (guard half first) = |latent| step / (guard half first).
+    scale_weight = vote / variance / vote.sum(-1, keepdim=True).clamp_min(1) * step.square()
+    return step, scale_weight, step / (guard * half * first)

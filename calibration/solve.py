@@ -11,7 +11,7 @@ import torch
 
 from vllm_kqsvd.calibration.allocate import Table, allocate
 from vllm_kqsvd.calibration.basis import Basis, make_basis
-from vllm_kqsvd.calibration.frames import Frame, distance_weights
+from vllm_kqsvd.calibration.frames import Frame, distance_law
 from vllm_kqsvd.calibration.means import MeanFactors, fixed_means, key_means, logit_mean_energy
 from vllm_kqsvd.calibration.metric import kq_metric, metric
 from vllm_kqsvd.calibration.model_probe import LayerInfo
@@ -97,11 +97,11 @@ class LayerSolver:
         samples = stats.tokens("k").shape[0]
         self._offsets = torch.randint(0, frame.num_offsets, (samples,), generator=gen)
         self.kq = kq_metric("k", stats, layer, frame, options.window, options.context)
-        law = distance_weights(options.window, options.context)
+        law = distance_law(options.window, options.context)
         mean = stats.mean("k").cpu()
         gram = stats.query_gram().cpu() * layer.scale**2
         energy = torch.einsum("hde,hed->", self.kq, frame.average(stats.second_moment("k").cpu()))
-        self.logit_energy = float(energy - logit_mean_energy(mean, gram, frame, law).sum())
+        self.logit_energy = float(energy - logit_mean_energy(mean, gram, layer.rope, law).sum())
         self.sides = {name: self._side(name, stats) for name in ("k", "v")}
 
     def _side(self, name: str, stats: LayerStatistics) -> Side:
@@ -116,7 +116,9 @@ class LayerSolver:
             if options.center and frame.mode == "post":  # the mean that stays behind is part of the data
                 rotated = frame.average(stats.mean("k").cpu()[:, :, None] * stats.mean("k").cpu()[:, None, :])
                 moment = moment + rotated - means.mean.mT @ means.mean
-        kinds = {k: metric(k, name, stats, self.layer, frame, options.window, options.context) for k in self._kinds(stats)}
+        kinds = {
+            k: metric(k, name, stats, self.layer, frame, options.window, options.context) for k in self._kinds(stats)
+        }
         reference = kinds.get("mix", kinds["kq"])
         weight_gram = None
         if options.basis == "weight_svd" and (weight := self.layer.projection_weight(name)) is not None:
@@ -182,7 +184,9 @@ class LayerSolver:
         encode_, decode_ = basis.encode[..., : plan.rank], basis.decode[:, : plan.rank]
         z = torch.einsum("nhd,hdc->nhc", side.tokens, encode_.to(side.tokens))
         weight = basis.weight[:, : plan.rank].to(z)
-        step, scale_weight, guard = fit_quantizer(z, torch.tensor(bits, device=z.device), weight, voting(z.square().mean(0), weight))
+        step, scale_weight, guard = fit_quantizer(
+            z, torch.tensor(bits, device=z.device), weight, voting(z.square().mean(0), weight)
+        )
         wide = step.double().cpu()
         return SideCodec(
             plan,
@@ -215,5 +219,3 @@ def solve(
     solvers = [LayerSolver(a, s, f, options) for a, s, f in zip(layers, statistics, frames, strict=True)]
     plans = allocate([(s.sides["k"].table, s.sides["v"].table) for s in solvers], total_bytes, options.max_plans)
     return [s.finish(p.k, p.v) for s, p in zip(solvers, plans, strict=True)]
-
-

@@ -34,7 +34,10 @@ class LayerStatistics:
     def __init__(self, heads: int, dim: int, prototypes: dict[str, Prototypes], device: torch.device | str) -> None:
         f64 = {"dtype": torch.float64, "device": device}
         self.prototypes = {s: p.to(device) for s, p in prototypes.items()}
-        self.sums: dict[str, torch.Tensor] = {"q_count": torch.zeros((), **f64), "q_gram": torch.zeros(heads, dim, dim, **f64)}
+        self.sums: dict[str, torch.Tensor] = {
+            "q_count": torch.zeros((), **f64),
+            "q_gram": torch.zeros(heads, dim, dim, **f64),
+        }
         self.samples: dict[str, list[torch.Tensor]] = {"k_samples": [], "v_samples": []}
         for s in ("k", "v"):
             for name in ("count", "sink_count", "grad_count"):
@@ -151,9 +154,13 @@ class Statistics:
                 header = json.loads((f.metadata() or {})[_METADATA_KEY])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, KeyError, ValueError, SafetensorError) as e:
-            raise CalibrationError(f"{path} is not a statistics file: {e}; delete it or calibrate without --resume") from e
+            raise CalibrationError(
+                f"{path} is not a statistics file: {e}; delete it or calibrate without --resume"
+            ) from e
         if options is not None and header["options"] != json.loads(json.dumps(options)):
-            raise CalibrationError(f"{path} was made with other options or data; calibrate without --resume to start over")
+            raise CalibrationError(
+                f"{path} was made with other options or data; calibrate without --resume to start over"
+            )
         layers = []
         for i in range(1 + max(int(n.split(".")[0]) for n in tensors)):
             mine = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}

@@ -38,9 +38,7 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if chat:
-        tokenizer.chat_template = (
-            "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-        )
+        tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     return tokenizer
 
 

@@ -94,7 +94,8 @@ def test_counts_become_merged_planes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "planes"), [(4, 64, 64), (3, 64, 48), (2.5, 64, 40), (2, 64, 32), (4, 128, 128), (3, 128, 96), (4, 32, 24)]
+    ("bits", "dim", "planes"),
+    [(4, 64, 64), (3, 64, 48), (2.5, 64, 40), (2, 64, 32), (4, 128, 128), (3, 128, 96), (4, 32, 24)],
 )
 def test_budgets(bits: float, dim: int, planes: int) -> None:
     assert plane_bytes(bits, dim) == planes

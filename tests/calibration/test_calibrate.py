@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole calibration on tiny models: every family, basis and rope mode; streaming, merging, resuming, determinism."""
+"""The whole calibration on tiny models: every family, basis, rope mode; streaming, merging, resuming."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from vllm_kqsvd.ops.reference import decode, encode
 from vllm_kqsvd.ops.rope_block import rotate
 from vllm_kqsvd.projection import load_projection, save_projection
 
-SMALL = CollectOptions(num_windows=5, window_length=192, gradient_windows=2, gradient_length=160, samples=600, window=32)
+SMALL = CollectOptions(
+    num_windows=5, window_length=192, gradient_windows=2, gradient_length=160, samples=600, window=32
+)
 OPTIONS = CalibrateOptions(bits=4.0, collect=SMALL)
 Collected = tuple[Statistics, list[LayerInfo], Corpus]
 
@@ -118,7 +120,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     monkeypatch.setattr(Collector, "_moments", moments)
     digests = [save_projection(p, tmp_path / n) for p, n in ((whole, "whole"), (resumed, "cut"))]
     assert digests[0] == digests[1]
-    assert (tmp_path / "whole" / "kqsvd.safetensors").read_bytes() == (tmp_path / "cut" / "kqsvd.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "kqsvd.safetensors").read_bytes() == (
+        tmp_path / "cut" / "kqsvd.safetensors"
+    ).read_bytes()
     other = dataclasses.replace(OPTIONS, collect=dataclasses.replace(SMALL, seed=1))
     with pytest.raises(CalibrationError, match="other options"):
         calibrate(llama, [text_file], other, output=tmp_path / "cut", resume=True)
@@ -131,7 +135,9 @@ def collected(llama: Path, text_file: Path) -> Collected:
 
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("basis", BASES)
-def test_every_basis_writes_a_loadable_file(llama: Path, collected: Collected, basis: str, center: bool, tmp_path: Path) -> None:
+def test_every_basis_writes_a_loadable_file(
+    llama: Path, collected: Collected, basis: str, center: bool, tmp_path: Path
+) -> None:
     statistics, layers, corpus = collected
     options = dataclasses.replace(OPTIONS, basis=basis, center=center)
     save_projection(project(llama, layers, statistics, corpus, options), tmp_path / "p")
@@ -141,7 +147,9 @@ def test_every_basis_writes_a_loadable_file(llama: Path, collected: Collected, b
 
 
 @pytest.mark.parametrize(("mode", "block", "offsets"), [("page", 32, 32), ("pre", 1, 1), ("post", 0, 1)])
-def test_every_rope_mode(llama: Path, collected: Collected, mode: str, block: int, offsets: int, tmp_path: Path) -> None:
+def test_every_rope_mode(
+    llama: Path, collected: Collected, mode: str, block: int, offsets: int, tmp_path: Path
+) -> None:
     statistics, layers, corpus = collected
     options = dataclasses.replace(OPTIONS, rope_mode=mode)
     save_projection(project(llama, layers, statistics, corpus, options), tmp_path / "p")

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.calibration.conftest import byte_tokenizer
 
+from tests.calibration.conftest import byte_tokenizer
 from vllm_kqsvd.calibration.corpus import CHAT_EVERY, Corpus, file_digest
 from vllm_kqsvd.errors import CalibrationError
 
@@ -34,7 +34,11 @@ def test_some_windows_are_chats(text_file: Path) -> None:
 
 def test_jsonl_fields(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    rows = [{"text": "alpha " * 50}, {"messages": [{"role": "user", "content": "beta " * 50}]}, {"prompt": "gamma " * 50}]
+    rows = [
+        {"text": "alpha " * 50},
+        {"messages": [{"role": "user", "content": "beta " * 50}]},
+        {"prompt": "gamma " * 50},
+    ]
     path.write_text("\n".join(json.dumps(r) for r in rows * 4))
     text = byte_tokenizer().decode(Corpus([path], byte_tokenizer(), 1500).window(0))
     assert all(word in text for word in ("alpha", "beta", "gamma"))

@@ -6,7 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_kqsvd.calibration.frames import Frame, distance_weights, rotation_average
+from vllm_kqsvd.calibration.frames import (
+    Frame,
+    OffsetLaw,
+    distance_law,
+    rotate_mean,
+    rotation_average,
+    uniform_offsets,
+)
 from vllm_kqsvd.calibration.means import key_means
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
@@ -16,19 +23,26 @@ def spec(rotary_dim: int, interleaved: bool = False, theta: float = 1e4) -> Rope
     return RopeSpec(theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / max(rotary_dim, 1)), interleaved)
 
 
+@pytest.mark.parametrize("law", [uniform_offsets(40), distance_law(8, 40)])
 @pytest.mark.parametrize(("rotary_dim", "interleaved"), [(32, False), (32, True), (16, False), (8, True), (0, False)])
-def test_rotation_average_is_the_weighted_sum(rotary_dim: int, interleaved: bool) -> None:
+def test_averages_are_the_weighted_sums(rotary_dim: int, interleaved: bool, law: OffsetLaw) -> None:
     gen = torch.Generator().manual_seed(1)
     rope = spec(rotary_dim, interleaved)
     x = torch.randn(2, 50, 32, generator=gen, dtype=torch.float64)
-    gram = x.mT @ x
-    weights = torch.rand(40, generator=gen, dtype=torch.float64)
-    want = torch.zeros_like(gram)
+    gram, weights = x.mT @ x, law.weights()
+    want, moved = torch.zeros_like(gram), torch.zeros_like(x)
     for j, w in enumerate(weights):
         y = rotate(x.transpose(0, 1), torch.full((50,), j), rope).transpose(0, 1)
         want += w * y.mT @ y
-    got = rotation_average(gram, rope, weights)
+        moved += w * rotate(x.transpose(0, 1), torch.full((50,), -j), rope).transpose(0, 1)
+    got = rotation_average(gram, rope, law)
     assert (got - want / weights.sum()).abs().max() < 1e-10 * gram.abs().max()
+    assert (rotate_mean(x, rope, law, sign=-1) - moved / weights.sum()).abs().max() < 1e-10
+
+
+def test_resonant_frequencies_average_to_one() -> None:
+    omega = torch.tensor([0.0, 2 * torch.pi, 1e-14], dtype=torch.float64)
+    assert (uniform_offsets(1000).characteristic(omega) - 1).abs().max() < 1e-9
 
 
 def test_post_frame_forgets_fast_planes() -> None:
@@ -56,7 +70,7 @@ def test_key_means_are_exact_for_blocks_of_32_and_consistent_for_64() -> None:
 
 
 def test_distance_law_leaves_the_exact_window_out() -> None:
-    weights = distance_weights(64, 256)
+    weights = distance_law(64, 256).weights()
     assert weights[:64].sum() == 0
     assert weights[64] == 192
     assert weights[255] == 1
