@@ -12,6 +12,8 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kqsvd.attention.refusals import connector_allowed
+
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -51,7 +53,8 @@ class _Pages(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         """Connectors do not hash the projection, so two nodes could exchange pages neither can read."""
-        return False
+        config = get_current_vllm_config_or_none()
+        return config is not None and connector_allowed(config)
 
 
 class KQSVDBackend(_Pages):

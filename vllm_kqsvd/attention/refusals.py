@@ -78,7 +78,7 @@ def engine_refusal(config: VllmConfig) -> str | None:
         )
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         return "--prefill-context-parallel-size above 1 asked for; it is not supported; set it to 1"
-    if config.kv_transfer_config is not None:
+    if not connector_allowed(config):
         return (
             "a KV connector asked for; connectors do not compare projections, so two nodes could exchange pages "
             "that neither can read; remove --kv-transfer-config"
@@ -96,6 +96,12 @@ def engine_refusal(config: VllmConfig) -> str | None:
     if _batch_invariant():
         return "VLLM_BATCH_INVARIANT=1 asked for; the kernels do not promise it; unset it"
     return None
+
+
+def connector_allowed(config: VllmConfig) -> bool:
+    """No KV connector, or the one that only fills this process's own pages to measure decode speed."""
+    transfer = config.kv_transfer_config
+    return transfer is None or transfer.kv_connector in (None, "DecodeBenchConnector")
 
 
 def rope_refusal(model: ModelConfig, rope_modes: set[str]) -> str | None:
