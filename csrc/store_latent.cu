@@ -41,7 +41,7 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
   return side;
 }
 
-constexpr int kDecodeTokens = 320;  // up to here one CTA per 16 tokens; beyond, CTAs that keep their matrix
+constexpr int kDecodeTokens = 256;  // up to here one CTA per 16 tokens; beyond, CTAs that keep their matrix
 
 template <typename T, int WM, int MW, int GPW, int kWarpColumns>
 void launch_store(StoreParams& p, int heads, const Launch& on) {

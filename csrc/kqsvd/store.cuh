@@ -63,12 +63,18 @@ __device__ __forceinline__ StoreRow load_row(const StoreParams& p, int n) {
   return row;
 }
 
+// The low terms of the rows and, once these are consumed, the codes share one region.
+__host__ __device__ constexpr int code_row_words(int groups) { return 4 * (groups | 1); }
+__host__ __device__ constexpr int low_row_bytes(int dim, int groups) {
+  return padded_row(dim) > 4 * code_row_words(groups) ? padded_row(dim) : 4 * code_row_words(groups);
+}
+
 // Bytes of dynamic shared memory; `encode_shared` false leaves the matrix in global memory.
 template <int kTokens, int kWarpColumns>
 inline size_t store_shared_bytes(int dim, int groups, bool encode_shared) {
   const size_t encode = encode_shared ? size_t(groups) * (dim / 16) * 1024 : 0;
-  const size_t codes = size_t(kTokens) * 4 * (groups | 1) * 4;
-  return encode + 2 * size_t(kTokens) * padded_row(dim) + codes + sizeof(StoreShared<kTokens, kWarpColumns>);
+  const size_t rows = size_t(kTokens) * (padded_row(dim) + low_row_bytes(dim, groups));
+  return encode + rows + sizeof(StoreShared<kTokens, kWarpColumns>);
 }
 
 template <typename T, int WM, int MW, int GPW, int kWarpColumns, bool kEncodeShared, bool kSplit>
@@ -78,11 +84,11 @@ __device__ __forceinline__ void store_side(const StoreParams& p, const StoreSide
   using Shared = StoreShared<kTokens, kWarpColumns>;
   extern __shared__ __align__(16) char memory[];
   const int steps = p.dim / 16, groups = side.groups, rank = groups * kGroup;
-  const int row_bytes = padded_row(p.dim), code_stride = 4 * (groups | 1);
+  const int row_bytes = padded_row(p.dim), code_stride = code_row_words(groups);
   char* high = memory + (kEncodeShared ? groups * steps * 1024 : 0);
   char* low = high + kTokens * row_bytes;
-  uint32_t* codes = reinterpret_cast<uint32_t*>(low + kTokens * row_bytes);
-  Shared& s = *reinterpret_cast<Shared*>(codes + kTokens * code_stride);
+  uint32_t* codes = reinterpret_cast<uint32_t*>(low);
+  Shared& s = *reinterpret_cast<Shared*>(low + kTokens * low_row_bytes(p.dim, groups));
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, num_warps = blockDim.x >> 5;
   const int head = blockIdx.y, wm = warp % WM, wn = warp / WM, warp_columns = num_warps / WM;
