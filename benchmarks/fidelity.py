@@ -11,6 +11,7 @@ from the cache. One row per text and method is appended to benchmarks/results/fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import platform
@@ -18,12 +19,12 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
-from vllm_kqsvd import __version__
 from vllm_kqsvd.projection import Projection, load_projection
 from vllm_kqsvd.verify import load_model, projection_codec
 from vllm_kqsvd.verify_harness import ReadRule, Score, run_windows
@@ -109,15 +110,17 @@ def main() -> None:
     append(rows, options.output)
 
 
-def table_row(fidelity: Fidelity, options, method: str, bits: float, sinks: object, rule: ReadRule) -> dict:
+def table_row(
+    fidelity: Fidelity, options, method: str, bits: float, sinks: object, rule: ReadRule, program: str = "fidelity"
+) -> dict:
     """One CSV row."""
-    import transformers
+    packages = ("vllm_kqsvd", "torch", "transformers", *(("vllm",) if program == "fidelity_vllm" else ()))
 
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu {platform.machine()}",
-        "versions": f"vllm_kqsvd {__version__}; torch {torch.__version__}; transformers {transformers.__version__}",
-        "command": "python -m benchmarks.fidelity " + shlex.join(shown(sys.argv[1:])),
+        "versions": "; ".join(f"{p} {installed(p)}" for p in packages),
+        "command": f"python -m benchmarks.{program} " + shlex.join(shown(sys.argv[1:])),
         "model": options.model.name,
         "text": fidelity.text,
         "context": options.context,
@@ -134,6 +137,14 @@ def table_row(fidelity: Fidelity, options, method: str, bits: float, sinks: obje
         "positions": fidelity.positions,
         "chunk": rule.chunk,
     }
+
+
+def installed(package: str) -> str:
+    """Version of an installed distribution; vLLM's CPU build has a name of its own."""
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "not installed"
 
 
 def shown(arguments: Iterable[str]) -> list[str]:

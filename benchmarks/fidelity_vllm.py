@@ -40,6 +40,7 @@ def run_engine(arm: str, job: dict, folder: Path) -> None:
         max_model_len=job["context"] + 16,
         max_num_batched_tokens=step,
         max_num_seqs=1,
+        block_size=job["block_size"] if ours else None,
         enforce_eager=True,
         enable_prefix_caching=False,
         seed=0,
@@ -113,6 +114,7 @@ def main() -> int:
         "chunk": options.chunk,
         "decode": options.decode,
         "dtype": options.dtype,
+        "block_size": options.block_size,
     }
     found: dict[tuple[str, str], tuple[list[Score], list[Score]]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -145,7 +147,7 @@ def main() -> int:
         for figures, how in ((one, "vLLM"), (two, "offline")):
             bits = 16 / projection.compression_ratio()
             method = f"{options.projection.name} ({mode}, {how})"
-            table.append(table_row(figures, options, method, bits, "class", rule))
+            table.append(table_row(figures, options, method, bits, "class", rule, "fidelity_vllm"))
     append(table, options.output)
     return int(worst > options.tolerance)
 
@@ -163,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=64, help="tokens per prefill step")
     parser.add_argument("--decode", type=int, default=128, help="tokens sampled per window")
     parser.add_argument("--dtype", default="float32", help="of the served model")
+    parser.add_argument("--block-size", type=int, default=256, help="of ours; float32 windows need large blocks")
     parser.add_argument("--tolerance", type=float, default=0.15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
