@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -157,4 +158,5 @@ def load_model(model_dir: Path, device: str, dtype: torch.dtype):
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {model_dir} is not a fast one; verify needs tokenizer.json")
     print(f"loading {model_dir} in {dtype} on {device}", file=sys.stderr)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval(), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    return model.to(device).eval(), tokenizer
