@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.helpers import relative_error
+from tests.helpers import random_codec, relative_error
 from tests.ops.cuda_cases import CASES, Case, assert_pages_close, paged_rows
 from vllm_kqsvd.layout import TILE
 from vllm_kqsvd.ops import LayerShape, Step, reference
@@ -15,6 +17,7 @@ from vllm_kqsvd.ops.cuda_prefill import Prefill
 from vllm_kqsvd.ops.cuda_segments import plan_prefill
 from vllm_kqsvd.ops.cuda_store import LatentStore
 from vllm_kqsvd.ops.eager import store_exact
+from vllm_kqsvd.plan_catalog import PLANS
 
 USABLE, WHY = available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=WHY)]
@@ -200,3 +203,50 @@ def test_prefill_over_cached_context(case, cap, sliding, monkeypatch):
         sliding,
     )
     assert relative_error(out, want) < (6e-3 if case.dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda+triton"])
+def test_whole_step_equals_reference(name):
+    """Three decodes and two prefills of one step, history stored by the ops themselves."""
+    if name == "cuda":
+        from vllm_kqsvd.ops.cuda import CudaOps as Ops
+        from vllm_kqsvd.ops.cuda_decode import missing_instances
+
+        if not hasattr(torch.ops.kqsvd, "decode_instance") or missing_instances():
+            pytest.skip("this build of the extension has no decode kernels")
+    else:
+        from vllm_kqsvd.ops.cuda_mixed import MixedOps as Ops
+    plan = PLANS["d128_b82"][1]
+    codec = random_codec(plan, heads=8, dim=128, rope_block=32)
+    size, near_size = 64, 16
+    shape = LayerShape(32, 8, 128, size, near_size, 128**-0.5, torch.bfloat16, 64)
+    ops = Ops(codec.to(GPU), shape)
+    gen = torch.Generator().manual_seed(11)
+    lengths, q_lens = [1200, 77, 64, 900, 300], [1, 1, 1, 130, 300]
+    table = torch.randperm(5 * 19, generator=gen).view(5, 19).int()
+    near = torch.randperm(5 * 75, generator=gen).view(5, 75).int()
+    step = step_of(lengths, q_lens, table, near, decodes=3)
+    pages = torch.full((95, codec.layout.page_bytes(8, size)), 255, dtype=torch.uint8, device=GPU)
+    window = torch.full((375, 8, near_size, 256), float("nan"), dtype=torch.bfloat16, device=GPU)
+    news = []
+    for i, (n, q) in enumerate(zip(lengths, q_lens, strict=True)):
+        pos = torch.arange(n)
+        kv = torch.randn(2, n, 8, 128, generator=gen).to(GPU, torch.bfloat16)
+        slots = (table[i].long()[pos // size] * size + pos % size).to(GPU)
+        exact = (near[i].long()[pos // near_size] * near_size + pos % near_size).to(GPU)
+        ops.store(kv[0], kv[1], pages, window, slots, exact, pos.to(GPU))
+        news.append(kv[:, n - q :])
+    new = torch.cat(news, 1)
+    query = torch.randn(step.num_tokens, 32, 128, generator=gen).to(GPU, torch.bfloat16)
+    out = torch.full((step.num_tokens + 3, 32, 128), float("nan"), dtype=torch.bfloat16, device=GPU)
+    step = replace(step, plan=ops.plan_step(step))
+    ops.attend(query, new[0], new[1], pages, window, step, out)
+    assert bool(out[step.num_tokens :].isnan().all())
+    exact = reference.ExactWindow(window, step.window_block_table, 64)
+    lengths_q = (step.seq_lens, step.query_start_loc)
+    want = reference.attend(
+        query, pages, step.block_table, *lengths_q, codec.to(GPU, torch.float64), size, shape.scale, exact
+    )
+    starts = step.query_start_loc.tolist()
+    for a, b in zip(starts, starts[1:], strict=False):
+        assert relative_error(out[a:b], want[a:b]) < 6e-3
