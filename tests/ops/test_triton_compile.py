@@ -42,7 +42,8 @@ KERNELS = [
     (dequantize, "dequantize_kernel"),
     (prefill, "prefill_kernel"),
 ]
-TARGETS = {"sm_90": (90, 227 * 1024), "sm_80": (80, 163 * 1024), "sm_89": (89, 99 * 1024)}
+TARGETS = {"sm_90": 90, "sm_80": 80}
+SHARED = 99 * 1024  # what a block may have on sm_86 and sm_89, the least of all targets
 
 
 class Recorder:
@@ -93,12 +94,11 @@ def launches(monkeypatch, ops, dtype):
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile(monkeypatch, tmp_path, target):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    plan = LayerPlan(side_plan(4, 4, 2, 2, 2, 2), side_plan(4, 3, 3, 3, 3))
-    ops = TritonOps(random_codec(plan, heads=2, dim=128), LayerShape(8, 2, 128, 32, 16, 0.1, torch.bfloat16, 64))
-    arch, shared = TARGETS[target]
+    plan = LayerPlan(side_plan(4, 2, 2), side_plan(2, 2, 2, 2))
+    ops = TritonOps(random_codec(plan, heads=2, dim=64), LayerShape(8, 2, 64, 32, 16, 0.1, torch.bfloat16, 64))
     compiled = {}
     for kernel, args, kwargs in launches(monkeypatch, ops, torch.bfloat16):
-        compiled[kernel.__name__] = compile_launch(kernel, args, kwargs, arch)
+        compiled[kernel.__name__] = compile_launch(kernel, args, kwargs, TARGETS[target])
     assert set(compiled) == {name for _, name in KERNELS}
     for name, kernel in compiled.items():
-        assert kernel.metadata.shared <= shared, f"{name} wants {kernel.metadata.shared} bytes of shared memory"
+        assert kernel.metadata.shared <= SHARED, f"{name} wants {kernel.metadata.shared} bytes of shared memory"

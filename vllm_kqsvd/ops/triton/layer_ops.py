@@ -17,7 +17,7 @@ from vllm_kqsvd.ops.triton.buffers import scratch
 from vllm_kqsvd.ops.triton.tables import next_power_of_two, rope_tables, side_tables
 
 MAX_SPLITS = 32  # splits of one request; the merge reads them serially
-MAX_COLS = 64  # query columns per program of the split kernel
+MAX_CELLS = 4096  # query rows times head_dim per program of the split kernel: what registers hold without spilling
 WORKSPACE_SLOTS = 8192  # tokens of context expanded at a time in prefill
 STATE_ROWS = 2048  # new tokens whose running softmax is kept between rounds of prefill
 PREFILL_ROWS = 64  # (token, head of the group) rows per program
@@ -58,6 +58,9 @@ class TritonOps(LayerOps):
         self._score = {"SCALE": float(shape.scale), "CAP": float(shape.soft_cap), "SLIDING": shape.sliding_window}
         self._score |= {"GROUP": self._group}
 
+        # Wide heads: more threads for the registers, no prefetched tiles for the shared memory of small GPUs.
+        self._launch = {"num_warps": 4, "num_stages": 2} if self._pad <= 128 else {"num_warps": 8, "num_stages": 1}
+
         # Prefill's memory is taken now, so that an engine that measures free memory later counts it.
         self._workspace()
         self._state()
@@ -78,9 +81,10 @@ class TritonOps(LayerOps):
         """Rows of the split kernel for decodes of at most `max_decode_len` query tokens."""
         need = next_power_of_two(self._group * max_decode_len)
         smallest = max(1, 16 // self._span) if self._span else 1  # spans below a tile need repetitions
-        cols = min(need, MAX_COLS // smallest)
+        cols = max(1, min(need, MAX_CELLS // self._pad // smallest))
         repeat = max(16 // cols, smallest, 1) if self._span else 1
-        tile = min(64, self._span * repeat) if self._span else 64
+        largest = 64 if self._pad <= 128 else 32
+        tile = min(largest, self._span * repeat) if self._span else largest
         return {
             "COLS": cols,
             "COL_TILES": need // cols,
@@ -166,7 +170,6 @@ class TritonOps(LayerOps):
         partial, statistics, splits, tiling = self._partials(step.num_decodes, max(step.max_decode_len, 1))
         k, v = self._k, self._v
         grid = (step.num_decodes, self.shape.num_kv_heads * tiling["COL_TILES"])
-        warps = 8 if tiling["ROWS"] * self._pad > 4096 else 4
         decode.split_kernel[(*grid, splits)](
             query,
             pages,
@@ -191,8 +194,7 @@ class TritonOps(LayerOps):
             **self._frame,
             **tiling,
             WINDOW=window,
-            num_warps=warps,
-            num_stages=2,
+            **self._launch,
         )
         rows = max(16, tiling["COLS"])
         decode.merge_kernel[grid](
@@ -227,8 +229,7 @@ class TritonOps(LayerOps):
             COL_TILES=tiling["COL_TILES"],
             ROWS=rows,
             WINDOW_TILE=32,
-            num_warps=8 if rows * self._pad > 4096 else 4,
-            num_stages=2,
+            **self._launch,
         )
 
     def _prefill(self, query, pages, exact, step: Step, output) -> None:
@@ -284,8 +285,7 @@ class TritonOps(LayerOps):
                 WINDOW_BLOCK_SIZE=window_size,
                 ROWS=PREFILL_ROWS,
                 TILE=64 if self._pad <= 128 else 32,
-                num_warps=4 if self._pad <= 128 else 8,
-                num_stages=2,
+                **self._launch,
             )
 
 
