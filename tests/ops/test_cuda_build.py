@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None,
 def compile_one(source: str, out: Path) -> str:
     """Compile a translation unit as setup.py does; the assembler's resource report."""
     torch_include = Path(torch.__file__).parent / "include"
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
+    flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_include}"]
     flags += [f"-I{torch_include / 'torch/csrc/api/include'}", "-gencode=arch=compute_90a,code=sm_90a"]
     command = ["nvcc", *flags, "-c", str(ROOT / "csrc" / source), "-o", str(out)]

@@ -118,6 +118,6 @@ def plan_prefill(step: Step, window: int, capacity: int) -> PrefillPlan | None:
         num_rows=int(ends[-1]),
         cu_query=sent[: count + 1],
         max_query=int(q_lens.max()),
-        spans=tuple(tuple(map(int, s)) for s in spans),
+        spans=tuple((int(a), int(b), int(p0)) for a, b, p0 in spans),
         segments=tuple(segments),
     )
