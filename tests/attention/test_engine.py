@@ -124,15 +124,3 @@ def test_abort_returns_every_block(llm: Any) -> None:
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     assert pool_of(llm).get_num_free_blocks() == free
-
-
-def test_ngram_speculation_in_bfloat16(tiny: Path) -> None:
-    repeating = prompt_of(20, seed=4) * 8
-    options = {"dtype": "bfloat16", "max_num_batched_tokens": 256}
-    with engine(tiny / "model", tiny / "p4", **options) as made:
-        plain = generate(made, [repeating, *SHORT], max_tokens=24)
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(tiny / "model", tiny / "p4", speculative_config=ngram, **options) as made:
-        spoken = generate(made, [repeating, *SHORT], max_tokens=24)
-    for a, b in zip(plain, spoken, strict=True):
-        assert_agree(a, b, 3 * LOSS)
