@@ -106,12 +106,19 @@ def main() -> None:
         fidelity = Fidelity.of(text, found)
         print(fidelity.row(), name)
         bits = bits_of(codec, folders, head_dim)
-        rows.append(table_row(fidelity, options, codec.name, bits, sinks, rule))
+        rows.append(table_row(fidelity, options, codec.name, bits, sinks, rule, folders.get(codec.name)))
     append(rows, options.output)
 
 
 def table_row(
-    fidelity: Fidelity, options, method: str, bits: float, sinks: object, rule: ReadRule, program: str = "fidelity"
+    fidelity: Fidelity,
+    options,
+    method: str,
+    bits: float,
+    sinks: object,
+    rule: ReadRule,
+    ours: Projection | None = None,
+    program: str = "fidelity",
 ) -> dict:
     """One CSV row."""
     packages = ("vllm_kqsvd", "torch", "transformers", *(("vllm",) if program == "fidelity_vllm" else ()))
@@ -119,7 +126,8 @@ def table_row(
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu {platform.machine()}",
-        "versions": "; ".join(f"{p} {installed(p)}" for p in packages),
+        "versions": "; ".join(f"{p} {installed(p)}" for p in packages)
+        + (f"; projection {ours.digest[:12]}" if ours else ""),
         "command": f"python -m benchmarks.{program} " + shlex.join(shown(sys.argv[1:])),
         "model": options.model.name,
         "text": fidelity.text,

@@ -147,7 +147,7 @@ def main() -> int:
         for figures, how in ((one, "vLLM"), (two, "offline")):
             bits = 16 / projection.compression_ratio()
             method = f"{options.projection.name} ({mode}, {how})"
-            table.append(table_row(figures, options, method, bits, "class", rule, "fidelity_vllm"))
+            table.append(table_row(figures, options, method, bits, "class", rule, projection, "fidelity_vllm"))
     append(table, options.output)
     return int(worst > options.tolerance)
 
