@@ -78,25 +78,36 @@ def absorb(
     TURN: tl.constexpr,
     HALF_ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Queries against the key codes: (per plane [M, C] float16, against the means [M, 2 * MEAN_RANK] float32)."""
-    channel = tl.arange(0, PAD)
-    mask = live[:, None] & (channel < DIM)[None, :]
-    x = tl.load(query[:, None] + channel[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
-    if TURN:
-        partner = rope_partner(channel, HALF_ROT, INTERLEAVED)
-        other = tl.load(query[:, None] + partner[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
-        cos, sin = block_rotation(rope, block, channel, HALF_ROT, INTERLEAVED)
-        x = x * cos + other * sin
-    half = x.to(tl.float16)
+    line = tl.arange(0, 2 * MEAN_RANK)
+    against_means = tl.zeros([ROWS, 2 * MEAN_RANK], tl.float32)
+    sums = ()
+    for p in tl.static_range(len(PLANES)):
+        sums = sums + (tl.zeros([ROWS, 16 * PLANES[p][1]], tl.float32),)
+    for chunk in range(0, PAD, CHUNK):  # wide heads in chunks: the matrices of a chunk share the shared memory
+        channel = chunk + tl.arange(0, CHUNK)
+        mask = live[:, None] & (channel < DIM)[None, :]
+        x = tl.load(query[:, None] + channel[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
+        if TURN:
+            partner = rope_partner(channel, HALF_ROT, INTERLEAVED)
+            other = tl.load(query[:, None] + partner[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
+            cos, sin = block_rotation(rope, block, channel, HALF_ROT, INTERLEAVED)
+            x = x * cos + other * sin
+        half = x.to(tl.float16)
+        added = ()
+        for p in tl.static_range(len(PLANES)):
+            column = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
+            matrix = tl.load(decode + column[None, :] * PAD + channel[:, None])
+            added = added + (tl.dot(half, matrix, sums[p]),)
+        sums = added
+        against_means += dot_split(x, tl.load(means + line[None, :] * PAD + channel[:, None]))
     absorbed = ()
     for p in tl.static_range(len(PLANES)):
-        column = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
-        matrix = tl.load(decode + column[:, None] * PAD + channel[None, :])
-        absorbed = absorbed + (tl.dot(half, tl.trans(matrix)).to(tl.float16),)
-    row = tl.arange(0, 2 * MEAN_RANK)
-    mean = tl.load(means + row[:, None] * PAD + channel[None, :])
-    return absorbed, dot_split(x, tl.trans(mean))
+        absorbed = absorbed + (sums[p].to(tl.float16),)
+    return absorbed, against_means
 
 
 @triton.jit
@@ -142,6 +153,7 @@ def split_kernel(
     COL_TILES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Attention of one split over the latent pages -> partial [.., COLS, V_COLUMNS], statistics [.., 3, COLS]."""
     request = tl.program_id(0)
@@ -177,14 +189,15 @@ def split_kernel(
         acc = acc + (tl.zeros([ROWS, 16 * V_PLANES[p][1]], tl.float32),)
     if ROPE_BLOCK == 0:
         absorbed, mean_query = absorb(
-            q_rows, live, norm, row, rope, decode, means, K_PLANES, DIM, PAD, False, HALF_ROT, INTERLEAVED
+            q_rows, live, norm, row, rope, decode, means, K_PLANES, DIM, PAD, False, HALF_ROT, INTERLEAVED, ROWS, CHUNK
         )
     for span in range(first, last):
         if ROPE_BLOCK > 0:
             block = (span * REPEAT + repetition) * SPAN // ROPE_BLOCK
             absorbed, mean_query = absorb(
-                q_rows, live, norm, block, rope, decode, means, K_PLANES, DIM, PAD, HALF_ROT > 0, HALF_ROT, INTERLEAVED
-            )
+                q_rows, live, norm, block, rope, decode, means, K_PLANES, DIM, PAD, HALF_ROT > 0, HALF_ROT, INTERLEAVED,
+                ROWS, CHUNK,
+            )  # fmt: skip
         begin = span * (SPAN * REPEAT)
         for at in range(begin, tl.minimum(begin + SPAN * REPEAT, stop), TILE):
             position = at + tl.arange(0, TILE)

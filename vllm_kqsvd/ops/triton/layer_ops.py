@@ -29,6 +29,7 @@ class TritonOps(LayerOps):
     """Store, decode and prefill on any GPU that Triton compiles for."""
 
     name = "triton"
+    graph_safe = True
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         super().__init__(codec, shape)
@@ -193,6 +194,7 @@ class TritonOps(LayerOps):
             **self._codes,
             **self._frame,
             **tiling,
+            CHUNK=min(self._pad, 64),
             WINDOW=window,
             **self._launch,
         )
