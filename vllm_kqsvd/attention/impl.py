@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kqsvd.attention import binding, refusals, window
 from vllm_kqsvd.attention.backend import KQSVDWindowBackend, backend_for
+from vllm_kqsvd.attention.flash import use_flash_attention
 from vllm_kqsvd.attention.metadata import KQSVDMetadata, WindowMetadata
 from vllm_kqsvd.attention.selftest import check_layer
 from vllm_kqsvd.config import KQSVDConfig
@@ -85,8 +86,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
     @property
     def graph_safe(self) -> bool:
         """Whether decode runs from device tensors alone, so that it may be captured in a CUDA graph."""
-        safe = getattr(self.ops, "graph_safe", self.ops.name in ("cuda", "triton"))
-        return bool(safe) and not self.config.check_nan
+        return self.ops.graph_safe and not self.config.check_nan
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find this layer, its codec and its page; runs again when weights are reloaded."""
@@ -140,6 +140,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             self.scale, self.dtype, self.config.window, self.soft_cap,
         )  # fmt: skip
         self._ops = make_layer_ops(codec, shape, self.device, self.config.implementation)
+        use_flash_attention(self._ops)
+        self._ops.reserve(config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
         if self.config.self_test:
             check_layer(self._ops, codec, self.device, self.name)
         self.window_spec = window.WindowSpec(

@@ -68,9 +68,8 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         context = vllm_config.compilation_config.static_forward_context
         impls = [context[name].impl for name in layer_names]
         self._ops = impls[0].ops
-        longest = getattr(self._ops, "max_decode_len", 1)
+        longest = self._ops.max_decode_len
         self._init_reorder_batch_threshold(longest, supports_spec_as_decode=False)
-        self._plan_step = getattr(self._ops, "plan_step", None)
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self._positions = torch.zeros(size, dtype=torch.int64, device=device)
         announce(vllm_config, impls)
@@ -108,9 +107,7 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
             window_block_table=None,
             positions=self._token_positions(common),
         )
-        if self._plan_step is not None:
-            step = replace(step, plan=self._plan_step(step))
-        return KQSVDMetadata(step)
+        return KQSVDMetadata(replace(step, plan=self._ops.plan_step(step)))
 
     def _token_positions(self, common: CommonAttentionMetadata) -> torch.Tensor:
         """Position of every token [N] int64: the runner's own buffer, or computed on the device without one."""

@@ -32,9 +32,10 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) ->
     plain = num_blocks * page // (block * exact) * block
     modes = ", ".join(sorted({i.rope_mode for i in impls}))
     world = config.parallel_config.tensor_parallel_size
+    slower = sorted({reason for i in impls for reason in i.ops.passed_over})
+    kernels = ", ".join(sorted({i.ops.name for i in impls}))
     return [
-        "kqsvd: latent KV cache"
-        + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
+        "kqsvd: latent KV cache" + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
         f"  layers      {len(impls)} of {len(impls)} attention layers",
         f"  per token   {latent:,} bytes instead of {exact:,} ({exact / latent:.2f}x), "
         f"{8 * latent / (exact / first.dtype.itemsize):.2f} bits per element, scales included",
@@ -43,7 +44,8 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) ->
         f"  KV tokens   {tokens:,} instead of {plain:,} in the same memory ({tokens / max(plain, 1):.2f}x at "
         f"{longest:,} tokens per request, windows counted)",
         f"  rope mode   {modes}",
-        f"  kernels     {first.ops.name}; pages of {block} tokens, windows of {shape.window_block_size}",
+        f"  kernels     {kernels}; pages of {block} tokens, windows of {shape.window_block_size}",
+        *(f"  not used    {reason}" for reason in slower),
         f"  projection  {first.config.projection} (digest {first.digest[:16] or 'none'})",
     ]
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from vllm_kqsvd.errors import KernelError
@@ -48,21 +50,18 @@ def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, device: torch.dev
     table = torch.arange(1, blocks, dtype=torch.int32, device=device)[None]
     window = torch.arange(1, count, dtype=torch.int32, device=device)[None]
     outputs, at = [], 0
-    plan_step = getattr(ops, "plan_step", None)
     for end in (prompt, total - 1, total):
         query, key, value = (x[at:end] for x in rows)
         step = _step(end - at, end, table, window)
-        if plan_step is not None:
-            from dataclasses import replace
-
-            step = replace(step, plan=plan_step(step))
+        step = replace(step, plan=ops.plan_step(step))
         slots = step.positions + shape.block_size
         ops.store(key, value, pages, exact, slots, step.positions + size, step.positions)
-        out = torch.empty_like(query)
-        ops.attend(query, key, value, pages, exact, step, out)
-        outputs.append(out[-1].float())
+        if at:  # the first chunk only fills the caches
+            out = torch.empty_like(query)
+            ops.attend(query, key, value, pages, exact, step, out)
+            outputs.append(out[-1].float())
         at = end
-    return torch.stack(outputs[1:]).cpu()
+    return torch.stack(outputs).cpu()
 
 
 def check_layer(ops: LayerOps, codec, device: torch.device, name: str) -> None:

@@ -60,9 +60,20 @@ class LayerOps(ABC):
     """Store and attend of one layer with its codec's constants prepared on the device."""
 
     name: str = "abstract"
+    graph_safe: bool = False  # decode runs from device tensors alone and may be captured in a CUDA graph
+    max_decode_len: int = 1  # longest q_len its decode path takes
+    passed_over: list[str]  # faster implementations that could not serve this layer, and why
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         self.codec, self.shape = codec, shape
+        self.passed_over = []
+
+    def reserve(self, max_requests: int, max_position: int) -> None:  # noqa: B027 (optional)
+        """Allocate all that steps of up to this many requests and positions need, before graphs are captured."""
+
+    def plan_step(self, step: Step) -> object:
+        """Device-side preparation shared by all layers of a step; becomes `step.plan`. No host sync."""
+        return None
 
     @abstractmethod
     def store(
