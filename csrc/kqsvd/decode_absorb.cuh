@@ -17,8 +17,7 @@ __device__ __forceinline__ void plane_dims(int i, int rotary_dim, bool interleav
   im = split ? i + rotary_dim / 2 : 2 * i + 1;
 }
 
-__device__ __forceinline__ float load_16bit(const void* base, int64_t index, int is_bf16) {
-  const uint16_t bits = static_cast<const uint16_t*>(base)[index];
+__device__ __forceinline__ float float_of(uint16_t bits, int is_bf16) {
   return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
 }
 
@@ -30,20 +29,31 @@ __device__ __forceinline__ void load_query(uint4* query, const DecodeParams& p, 
   for (int i = thread; i < Cf::D; i += 128) {
     const int k = i >> 5, lane = i & 31;
     const int column = column0 + (lane >> 2) % Cf::C, row = column / p.heads_per_kv;
-    uint32_t q[4], x[4];
+    uint32_t q[4] = {0, 0, 0, 0}, x[4] = {0, 0, 0, 0};
+    if (row < r.num_rows) {
+      const int64_t at = (r.row + row) * p.query_token_stride +
+                         (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride;
+      const int plane = 16 * k + 4 * (lane & 3);
+      alignas(8) uint16_t re[4], im[4];
+      if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
+        const uint16_t* from = static_cast<const uint16_t*>(p.query) + at + plane;
+        *reinterpret_cast<uint2*>(re) = *reinterpret_cast<const uint2*>(from);
+        *reinterpret_cast<uint2*>(im) = *reinterpret_cast<const uint2*>(from + Cf::D / 2);
+      } else {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int re, im;
-      plane_dims(16 * k + 4 * (lane & 3) + e, p.rotary_dim, p.rotary_interleaved, re, im);
-      float a = 0.f, b = 0.f;
-      if (row < r.num_rows) {
-        const int64_t at = (r.row + row) * p.query_token_stride +
-                           (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride;
-        a = load_16bit(p.query, at + re, p.is_bf16);
-        b = load_16bit(p.query, at + im, p.is_bf16);
+        for (int e = 0; e < 4; ++e) {
+          int a, b;
+          plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, a, b);
+          re[e] = static_cast<const uint16_t*>(p.query)[at + a];
+          im[e] = static_cast<const uint16_t*>(p.query)[at + b];
+        }
       }
-      q[e] = pack_f16(a, b);
-      x[e] = pack_f16(b, -a);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float a = float_of(re[e], p.is_bf16), b = float_of(im[e], p.is_bf16);
+        q[e] = pack_f16(a, b);
+        x[e] = pack_f16(b, -a);
+      }
     }
     query[k * 64 + lane] = make_uint4(q[0], q[1], q[2], q[3]);
     query[k * 64 + 32 + lane] = make_uint4(x[0], x[1], x[2], x[3]);

@@ -43,8 +43,11 @@ struct Config {
   static constexpr int kRecord = kRecordRows * C;           // floats of one partial result
   static constexpr int kQueryBytes = D / 32 * 1024;
   static constexpr int kList = 512;                         // pieces of one request that a merge can list
-  static constexpr int kScratch0 = kRecord * 4 + kList * 2;
-  static constexpr int kScratchBytes = ((kScratch0 > kQueryBytes ? kScratch0 : kQueryBytes) + 256 + 127) / 128 * 128;
+  static_assert(kOutRows <= 128, "a merging thread holds one row");
+  // Scratch of a warpgroup: the query, then the same bytes two halves of a record; a list; an exchange and flags.
+  static constexpr int kRecordsBytes = 8 * kRecord > kQueryBytes ? 8 * kRecord : kQueryBytes;
+  static constexpr int kExchange = kRecordsBytes + 2 * kList;
+  static constexpr int kScratchBytes = (kExchange + 640 + 127) / 128 * 128;
 
   // Of one warp: ring, rope rows, two mbarriers, stream state, sources of odd tiles.
   static constexpr int kWarpState = kStages * kSlotBytes + kRopeStages * kRopeBytes + 16;

@@ -60,20 +60,58 @@ struct SlotContext {
   int lane;
 };
 
+// What few slots need: sink-minus-mean logits of class-1 tokens, soft cap, masks. `s`: scores [tile][4] of this lane.
+template <class Cf>
+__device__ __noinline__ void adjust_scores(float* s, const SlotContext<Cf> x, const uint8_t* slot, int token, int half,
+                                           int base, int fragment, bool has_class, bool edge) {
+  const DecodeParams& p = x.p;
+  const int lane = x.lane, column0 = x.column0;
+  const Request* r = x.r;
+  constexpr bool kPaired = Cf::C == 4;
+  constexpr int kTiles = kPaired ? 2 : 4;
+  const int g = lane >> 2, t = lane & 3;
+  const bool second = kPaired && t >= 2;
+  if (has_class) {
+    const uint8_t* rope = reinterpret_cast<const uint8_t*>(p.rope_table) +
+                          (p.rope_table_moves ? static_cast<int64_t>(base / Cf::T) * Cf::kRopeRow : 0);
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const int mine = kPaired ? i & 1 : i;
+      const bool keep = !kPaired || (i >> 1) == (second ? 1 : 0);
+      const uint2 w = absorb_sink<Cf>(x.query, rope, x.sink_rows, Cf::C == 8 && Cf::T == 32 ? i >> 1 : fragment, lane);
+      const uint8_t* scale = slot + i * Cf::kTileBytes + Cf::kKeyScales + g;
+      const uint32_t lo = (scale[0] & 0x80u) ? ~0u : 0u, hi = (scale[8] & 0x80u) ? ~0u : 0u;
+      const int row = kPaired || Cf::T == 32 ? 2 * half + (i & 1) : i;
+      const uint4 u = x.mean_tile[row * 32 + lane];
+      float m[4] = {0.f, 0.f, 0.f, 0.f};
+      mma_f16(m, u.x & lo, u.y & hi, u.z & lo, u.w & hi, w.x, w.y);
+      for (int e = 0; e < 4; ++e)
+        if (keep) s[4 * mine + e] += m[e];
+    }
+  }
+  for (int i = 0; i < 4 * kTiles; ++i) {
+    if (p.soft_cap_log2 > 0.f) s[i] = p.soft_cap_log2 * tanhf(s[i] / p.soft_cap_log2);
+    if (edge) {
+      const int pos = token + (second ? Cf::kSecondChunk : 0) + 16 * (i >> 2) + g + 8 * (i >> 1 & 1);
+      const int own = r->p0 + (column0 + (2 * t + (i & 1)) % Cf::C) / p.heads_per_kv;
+      const bool visible = pos < r->last && pos <= own && (p.sliding_window <= 0 || pos > own - p.sliding_window);
+      if (!visible) s[i] = -1e30f;
+    }
+  }
+}
+
 // 64 tokens: scores against fragment(s) b, softmax, values. `token` is the slot's first; `half` selects mean rows when a
-// rope block spans two slots; `base` is the first token of the warp's step.
-template <class Cf, int Fragment>
+// rope block spans two slots; `base` is the first token of the warp's step, whose fragment `fragment` b[0] is.
+template <class Cf>
 __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext<Cf>& x, const uint8_t* slot,
                                              const uint32_t (&b)[2][2 * (Cf::GK + 1)], const float2 (&zero)[2], int token,
-                                             int half, int base) {
+                                             int half, int base, int fragment) {
   constexpr bool kPaired = Cf::C == 4;         // the two chunks share columns: lanes t < 2 keep the first
   constexpr int kTiles = kPaired ? 2 : 4;      // score tiles of a lane
   constexpr int kTB = Cf::kTileBytes;
   constexpr int kMean = 2 * Cf::GK;
   const int lane = x.lane, g = lane >> 2, t = lane & 3;
   const bool second = kPaired && t >= 2;
-  // Fragment that serves tile i: with 8 columns and T = 32 a slot holds two rope blocks.
-  auto fragment_of = [](int i) { return !kPaired && Cf::T == 32 ? i >> 1 : Fragment; };
 
   // Scale bytes of this lane's tokens: K rows g, g + 8, V rows g, g + 8.
   uint32_t byte[kTiles][4], any = 0;
@@ -84,7 +122,7 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
     for (int j = 0; j < 4; ++j) any |= byte[i][j] = mine[i * kTB + 8 * j];
   uint32_t cls = 0;  // bit 4 i + j: class of byte[i][j]
   const bool has_class = __any_sync(~0u, any & 0x80u);
-  if (has_class) {
+  if (__builtin_expect(has_class, 0)) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
@@ -99,19 +137,19 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
     constexpr int i = ii;
     if constexpr (kPaired) {
       const uint8_t* const tile[2] = {slot + i * kTB, slot + (2 + i) * kTB};
-      const float2 z = zero[Fragment];
+      const float2 z = zero[0];
       float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
-      score_tiles<Cf::K, 2>(c, tile, b[Fragment], lane);
+      score_tiles<Cf::K, 2>(c, tile, b[0], lane);
       float m[4] = {0.f, 0.f, 0.f, 0.f};
       const uint4 u = x.mean_tile[(2 * half + i) * 32 + lane];
-      mma_f16(m, u.x, u.y, u.z, u.w, b[Fragment][kMean], b[Fragment][kMean + 1]);
+      mma_f16(m, u.x, u.y, u.z, u.w, b[0][kMean], b[0][kMean + 1]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float ks = __uint_as_float(byte[i][e >> 1] * 0x100000u + x.key_exponent);
         s[i][e] = fmaf(second ? c[1][e] : c[0][e], ks, m[e]);
       }
     } else {
-      constexpr int f = Cf::T == 32 ? i : Fragment;  // tiles 2 i, 2 i + 1
+      constexpr int f = Cf::T == 32 ? i : 0;  // tiles 2 i, 2 i + 1
       const uint8_t* const tile[2] = {slot + 2 * i * kTB, slot + (2 * i + 1) * kTB};
       const float2 z = zero[f];
       float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
@@ -130,45 +168,14 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
     }
   });
 
-  if (has_class) {  // add the sink-minus-mean logits of class-1 tokens
-    const uint8_t* rope = reinterpret_cast<const uint8_t*>(x.p.rope_table) +
-                          (x.p.rope_table_moves ? static_cast<int64_t>(base / Cf::T) * Cf::kRopeRow : 0);
+  const bool edge = token < x.visible_begin || token + Cf::kSecondChunk + 32 > x.visible_end;
+  if (__builtin_expect(has_class || edge || x.p.soft_cap_log2 > 0.f, 0)) {
+    float rare[4 * kTiles];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int mine_i = kPaired ? i & 1 : i;
-      const bool keep = !kPaired || (i >> 1) == (second ? 1 : 0);
-      const int f = fragment_of(i);
-      const uint2 w = absorb_sink<Cf>(x.query, rope, x.sink_rows, f, lane);
-      const uint8_t* scale = slot + i * kTB + Cf::kKeyScales + g;
-      const uint32_t lo = (scale[0] & 0x80u) ? ~0u : 0u, hi = (scale[8] & 0x80u) ? ~0u : 0u;
-      const int row = kPaired || Cf::T == 32 ? 2 * half + (i & 1) : i;
-      const uint4 u = x.mean_tile[row * 32 + lane];
-      float m[4] = {0.f, 0.f, 0.f, 0.f};
-      mma_f16(m, u.x & lo, u.y & hi, u.z & lo, u.w & hi, w.x, w.y);
+    for (int i = 0; i < 4 * kTiles; ++i) rare[i] = s[i / 4][i % 4];
+    adjust_scores<Cf>(rare, x, slot, token, half, base, fragment, has_class, edge);
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (keep) s[mine_i][e] += m[e];
-    }
-  }
-  if (x.p.soft_cap_log2 > 0.f) {
-    const float cap = x.p.soft_cap_log2, inverse = 1.f / cap;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][e] = cap * tanhf(s[i][e] * inverse);
-  }
-  if (token < x.visible_begin || token + Cf::kSecondChunk + 32 > x.visible_end) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = kPaired ? token + (second ? Cf::kSecondChunk : 0) + 16 * i : token + 16 * i;
-        const int pos = at + g + 8 * (e >> 1), column = x.column0 + (2 * t + (e & 1)) % Cf::C;
-        const int own = x.r->p0 + column / x.p.heads_per_kv;
-        const bool visible =
-            pos < x.r->last && pos <= own && (x.p.sliding_window <= 0 || pos > own - x.p.sliding_window);
-        if (!visible) s[i][e] = -1e30f;
-      }
+    for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] = rare[i];
   }
 
   float x0 = s[0][0], x1 = s[0][1];
@@ -181,7 +188,7 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
     const float e0 = exp2_fast(s[i][0] - acc.max[0]), e1 = exp2_fast(s[i][1] - acc.max[1]);
     const float e2 = exp2_fast(s[i][2] - acc.max[0]), e3 = exp2_fast(s[i][3] - acc.max[1]);
     acc.p[0] += e0 + e2, acc.p[1] += e1 + e3;
-    if (has_class) {
+    if (__builtin_expect(has_class, 0)) {
       if (cls >> (4 * i + 2) & 1) acc.sink[0] += e0, acc.sink[1] += e1;
       if (cls >> (4 * i + 3) & 1) acc.sink[0] += e2, acc.sink[1] += e3;
     }
@@ -214,35 +221,66 @@ struct SharedMap {
   __device__ uint8_t* image_bar() const { return ring(4 * Cf::kWarpgroups); }
 };
 
-// Latent part of one item for one warp: steps of absorb + slots. `n`, `parity`: position in the warp's stream.
+// The latent part of one item: query, steps of absorb + slots, merge of the four warps into `record`. Not inlined, so that
+// nothing else competes for registers; `carried` is the warp's stream. One warpgroup; `r` is in shared memory.
 template <class Cf>
-__device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& stream, const SlotContext<Cf>& x,
-                                              int first, int last, const Item& item, uint64_t image,
-                                              const uint8_t* ring, int& n, uint32_t& parity, int warp) {
-  int left = item.last - item.first, at = first + 4 * item.first * Cf::kGrain;
-  for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
-    const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
-    if (base < last) mbarrier_wait(stream.bar(n & 1), parity >> (n & 1) & 1);
-    uint32_t b[2][2 * (Cf::GK + 1)];
-    absorb<Cf>(b, x.query, ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (n & 1) * Cf::kRopeBytes : 0),
-               image, x.lane);
-    const float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
-
-    static_for<Cf::kSlots>([&](auto is) {
-      constexpr int s = is;
-      constexpr int fragment = Cf::kSlots == 1 ? 0 : s * 2 / Cf::kSlots;
-      const int stage = n & 1;
-      const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
-      if (s / Cf::kGrainSlots < grains && token < last) {
-        mbarrier_wait(stream.bar(stage), parity >> stage & 1);
-        process_slot<Cf, fragment>(acc, x, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots, base);
+__device__ __noinline__ void attend_latent(const DecodeParams& p, SlotStream<Cf>& carried, const Request* r,
+                                           uint8_t* scratch, const uint4* mean_tile, uint64_t image, int first_granule,
+                                           int last_granule, int head, int column0, const uint8_t* ring) {
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3, warpgroup = thread >> 7;
+  uint4* query = reinterpret_cast<uint4*>(scratch);
+  Softmax<Cf> acc;
+  acc.reset();
+  int left = last_granule - first_granule;
+  if (left > 0) {
+    load_query<Cf>(query, p, *r, head, column0, thread & 127);
+    warpgroup_barrier(warpgroup);
+    SlotStream<Cf> stream = carried;
+    SlotContext<Cf> x{p, r, mean_tile, query, p.sink_rows + static_cast<int64_t>(head) * (Cf::D / 16) * 32,
+                      p.key_exponent[head], column0, 0, 0, lane};
+    const int last = r->last;
+    x.visible_end = min(last, r->p0 + 1);
+    x.visible_begin = p.sliding_window > 0 ? r->length - p.sliding_window : 0;
+    int n = stream.n;
+    uint32_t parity = stream.parity;
+    int at = r->first + 4 * first_granule * Cf::kGrain;
+#pragma unroll 1
+    for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
+      const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
+      if (base < last) mbarrier_wait(stream.bar(n & 1), parity >> (n & 1) & 1);
+      uint32_t b[2][2 * (Cf::GK + 1)];
+      absorb<Cf>(b, query, ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (n & 1) * Cf::kRopeBytes : 0),
+                 image, lane);
+      float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
+#pragma unroll 1
+      for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
+        const int stage = n & 1;
+        const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
+        if (s / Cf::kGrainSlots < grains && token < last) {
+          mbarrier_wait(stream.bar(stage), parity >> stage & 1);
+          process_slot<Cf>(acc, x, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots, base,
+                           s * 2 / Cf::kSlots);
+        }
+        parity ^= 1u << stage;
+        __syncwarp();
+        stream.issue(p, n + 2, lane);
+        ++n;
+        if (Cf::kSlots > 1 && (s + 1) % ((Cf::kSlots + 1) / 2) == 0) {
+#pragma unroll
+          for (int i = 0; i < 2 * (Cf::GK + 1); ++i) b[0][i] = b[1][i];
+          zero[0] = zero[1];
+        }
       }
-      parity ^= 1u << stage;
-      __syncwarp();
-      stream.issue(x.p, n + 2, x.lane);
-      ++n;
-    });
+    }
+    stream.n = n;
+    stream.parity = parity;
+    carried = stream;
   }
+  const Sums sums{{acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
+  const int g = lane >> 2;
+  merge_warps<Cf, Cf::GV, Cf::C == 4>(reinterpret_cast<float*>(scratch),
+                                      reinterpret_cast<float*>(scratch + Cf::kExchange), acc.o, sums,
+                                      [&](int i, int y) { return 16 * i + 8 * y + g; }, warp, warpgroup, lane);
 }
 
 template <class Cf>
@@ -255,7 +293,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   const uint32_t image_bar = shared_u32(map.image_bar());
 
   const uint8_t* ring = map.ring(warp);
-  SlotStream<Cf> stream{shared_u32(ring), map.state(warp), map.odd(warp), {}};
+  SlotStream<Cf> stream{shared_u32(ring), 0, 0, map.state(warp), map.odd(warp), {}};
   if (lane < 2) mbarrier_init(stream.bar(lane), 1);
   if (thread == 0) mbarrier_init(image_bar, 1);
   proxy_fence();
@@ -269,84 +307,70 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
               image_bar);
   };
   // The head of this CTA's first unit does not depend on the schedule: fetch its constants before the wait.
-  int vh = static_cast<int>(static_cast<int64_t>(blockIdx.x) * virtual_heads / p.num_ctas);
+  int vh = blockIdx.x * virtual_heads / p.num_ctas;
   int loaded = vh / p.column_groups;
   uint32_t image_parity = 0;
   if (thread == 0) load_head(loaded);
   grid_dependency_wait();
   grid_launch_dependents();
 
-  const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas, Cf::kWarpgroups);
-  mbarrier_wait(image_bar, image_parity);
-  if (cut.total == 0) return;
-
-  uint8_t* scratch = map.scratch(warpgroup);
-  uint4* query = reinterpret_cast<uint4*>(scratch);       // while scores are computed
-  float* record = reinterpret_cast<float*>(scratch);      // while results are merged
-  uint16_t* list = reinterpret_cast<uint16_t*>(scratch + Cf::kRecord * 4);
-  float* exchange = reinterpret_cast<float*>(scratch + Cf::kScratchBytes - 256);
-  int* flag = reinterpret_cast<int*>(scratch + Cf::kScratchBytes - 64);
-  Request* current = reinterpret_cast<Request*>(scratch + Cf::kScratchBytes - 128);
+  const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas);
+  uint8_t* scratch = map.scratch(warpgroup);  // the query while scores are computed, then the record
+  float* record = reinterpret_cast<float*>(scratch);
+  uint16_t* list = reinterpret_cast<uint16_t*>(scratch + Cf::kRecordsBytes);
+  float* exchange = reinterpret_cast<float*>(scratch + Cf::kExchange);
+  int* flag = reinterpret_cast<int*>(scratch + Cf::kExchange + 512);
+  Request* current = reinterpret_cast<Request*>(scratch + Cf::kExchange + 576);
   const uint64_t image = swizzled_descriptor(shared_u32(map.image()));
-  uint32_t parity = 0;
+  bool image_ready = false;
 
+#pragma unroll 1
   for (; vh * cut.units < cut.cta_begin(blockIdx.x + 1); ++vh) {
     const int head = vh / p.column_groups, column0 = vh % p.column_groups * Cf::C;
     if (head != loaded) {
+      if (!image_ready) mbarrier_wait(image_bar, image_parity);
       __syncthreads();
       if (thread == 0) load_head(head);
       loaded = head;
       image_parity ^= 1;
-      mbarrier_wait(image_bar, image_parity);
+      image_ready = false;
     }
     int begin, end;
-    cut.part_range(blockIdx.x, warpgroup, vh, begin, end);
+    cut.template part_range<Cf::kWarpgroups>(blockIdx.x, warpgroup, vh, begin, end);
     if (begin >= end) continue;
 
     int request = find_request(p.requests, p.num_requests, begin, lane);
     if (lane == 0) *stream.state = StreamState{head, begin, end, wg_warp, request, 0};
     __syncwarp();
-    int n = 0;
-    stream.issue(p, 0, lane);
-    stream.issue(p, 1, lane);
+    stream.n = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) stream.issue(p, i, lane);
+#pragma unroll 1
     for (; request < p.num_requests; ++request) {
       const Request r = p.requests[request];
       if (r.unit_begin >= end) break;
       if (r.unit_end <= begin || r.unit_end == r.unit_begin) continue;
       const Item item(r, begin, end, p.window_units, Cf::kGrain);
-      const bool exact = r.last < r.length;
       const int64_t cell = static_cast<int64_t>(request) * virtual_heads + vh;
-      float* window = exact ? p.window_partials + cell * Cf::kRecord : nullptr;
-      if (item.has_window)
-        attend_window<Cf>(window, record, exchange, p, r, request, head, column0, wg_warp, warpgroup, lane);
-
-      Softmax<Cf> acc;
-      acc.reset();
-      if (item.first < item.last) {
+      float* window = r.last < r.length ? p.window_partials + cell * Cf::kRecord : nullptr;
+      warpgroup_barrier(warpgroup);  // the scratch is free
+      if (wg_thread == 0) *current = r;
+      warpgroup_barrier(warpgroup);
+      if (item.has_window) {
+        attend_window<Cf>(window, record, exchange, p, current, request, head, column0, wg_warp, warpgroup, lane);
         warpgroup_barrier(warpgroup);
-        load_query<Cf>(query, p, r, head, column0, wg_thread);
-        if (wg_thread == 0) *current = r;
-        warpgroup_barrier(warpgroup);
-        SlotContext<Cf> x{p, current, reinterpret_cast<const uint4*>(map.mean()), query,
-                          p.sink_rows + static_cast<int64_t>(head) * (Cf::D / 16) * 32, p.key_exponent[head], column0,
-                          0, 0, lane};
-        x.visible_end = min(r.last, r.p0 + 1);
-        x.visible_begin = p.sliding_window > 0 ? r.length - p.sliding_window : 0;
-        attend_latent<Cf>(acc, stream, x, r.first, r.last, item, image, ring, n, parity, wg_warp);
       }
-      const Sums sums{{acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
-      const int g = lane >> 2;
-      merge_warps<Cf, Cf::GV, Cf::C == 4>(record, exchange, acc.o, sums,
-                                          [&](int i, int y) { return 16 * i + 8 * y + g; }, wg_warp, warpgroup, lane);
-
+      if (!image_ready) mbarrier_wait(image_bar, image_parity);
+      image_ready = true;
+      attend_latent<Cf>(p, stream, current, scratch, reinterpret_cast<const uint4*>(map.mean()), image, item.first,
+                        item.last, head, column0, ring);
       bool finish = true;
       if (item.units < r.unit_end - r.unit_begin) {  // others hold parts of this request: the last to arrive merges
-        const int slot = piece_slot(p, cut, blockIdx.x, warpgroup, vh, begin, r.unit_begin);
-        float4* to = reinterpret_cast<float4*>(p.partials + static_cast<int64_t>(slot) * Cf::kRecord);
-        for (int i = wg_thread; i < Cf::kRecord / 4; i += 128) __stcg(to + i, reinterpret_cast<float4*>(record)[i]);
-        __threadfence();
+        const int slot = piece_slot<Cf>(p, blockIdx.x, warpgroup, vh, begin, r.unit_begin);
+        join_halves<Cf>(record, p.partials + static_cast<int64_t>(slot) * Cf::kRecord, wg_thread);
         warpgroup_barrier(warpgroup);
         if (wg_thread == 0) {
+          __threadfence();  // with the barrier: everything this warpgroup wrote, before the count
           const int before = atomicAdd(&p.counters[cell], item.units);
           *flag = before + item.units == r.unit_end - r.unit_begin;
           if (*flag) p.counters[cell] = 0;
@@ -354,11 +378,15 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
         }
         warpgroup_barrier(warpgroup);
         finish = *flag;
-        if (finish) merge_pieces<Cf>(record, list, flag + 1, p, cut, r, vh, warpgroup, wg_thread);
+        if (finish) merge_pieces<Cf>(record, list, flag + 1, p, cut, current, vh, warpgroup, wg_thread);
+      } else {
+        join_halves<Cf>(record, nullptr, wg_thread);
+        warpgroup_barrier(warpgroup);
       }
-      if (finish) write_output<Cf>(record, window, p, r, head, column0, wg_warp, lane);
+      if (finish) write_output<Cf>(record, window, p, current, head, column0, wg_warp, lane);
     }
   }
+  if (!image_ready) mbarrier_wait(image_bar, image_parity);  // no copy may outlive the CTA
 }
 
 }  // namespace kqsvd::decode

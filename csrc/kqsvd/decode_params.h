@@ -19,8 +19,9 @@ struct alignas(16) Request {
 struct ScheduleParams {
   const int* seq_lens;         // [num_requests]
   const int* query_start_loc;  // [num_requests + 1]
-  Request* requests;           // [num_requests + 1]; the last one's unit_begin is the total
+  Request* requests;           // [table_rows]; rows from num_requests on are empty, their unit_begin is the total
   int num_requests;
+  int table_rows;  // all are written, so that a graph captured for more requests finds the surplus empty
   int window;          // positions kept exactly; 0: none
   int window_units;    // cost of a request's exact part in work units
   int sliding_window;  // visible positions; 0: all

@@ -9,20 +9,32 @@
 
 namespace kqsvd::decode {
 
-// The cut of virtual heads into CTA ranges and warpgroup parts.
+// The cut of virtual heads into CTA ranges and warpgroup parts. 32-bit: 2^31 / 132 units are four billion tokens and heads.
 struct Cut {
-  int64_t units, total;  // of one virtual head, of all
-  int num_ctas, parts;
+  unsigned units, total;  // of one virtual head, of all
+  unsigned num_ctas, each, rest;
+  float inverse;
 
-  __device__ Cut(int head_units, int virtual_heads, int num_ctas, int parts)
-      : units(head_units), total(static_cast<int64_t>(head_units) * virtual_heads), num_ctas(num_ctas), parts(parts) {}
-  __device__ int64_t cta_begin(int cta) const { return total * cta / num_ctas; }
-  __device__ int cta_of(int64_t unit) const { return static_cast<int>(((unit + 1) * num_ctas - 1) / total); }
+  __device__ Cut(int head_units, int virtual_heads, int num_ctas)
+      : units(head_units), total(head_units * virtual_heads), num_ctas(num_ctas), each(total / num_ctas),
+        rest(total - each * num_ctas), inverse(1.f / num_ctas) {}
+  // total * cta / num_ctas; the rounded division is exact for rest * cta < 2^15.
+  __device__ unsigned cta_begin(unsigned cta) const {
+    return each * cta + static_cast<unsigned>((static_cast<float>(rest * cta) + 0.5f) * inverse);
+  }
+  __device__ unsigned cta_of(unsigned unit) const {  // the only candidates are next to the proportional one
+    unsigned c = static_cast<unsigned>(__fdividef(static_cast<float>(unit) * num_ctas, static_cast<float>(total)));
+    c = min(c, num_ctas - 1);
+    while (c > 0 && cta_begin(c) > unit) --c;
+    while (c + 1 < num_ctas && cta_begin(c + 1) <= unit) ++c;
+    return c;
+  }
 
   // Units [begin, end) of `head` that belong to warpgroup `part` of `cta`, counted from the head's first unit.
-  __device__ void part_range(int cta, int part, int head, int& begin, int& end) const {
-    const int64_t lo = max(cta_begin(cta), head * units), hi = min(cta_begin(cta + 1), (head + 1) * units);
-    const int64_t n = max(hi - lo, int64_t{0});
+  template <int parts>
+  __device__ void part_range(unsigned cta, unsigned part, unsigned head, int& begin, int& end) const {
+    const unsigned lo = max(cta_begin(cta), head * units), hi = min(cta_begin(cta + 1), (head + 1) * units);
+    const unsigned n = hi > lo ? hi - lo : 0;
     begin = static_cast<int>(lo - head * units + n * part / parts);
     end = static_cast<int>(lo - head * units + n * (part + 1) / parts);
   }

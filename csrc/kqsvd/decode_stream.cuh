@@ -49,6 +49,12 @@ __device__ __forceinline__ int step_base(int first, const Item& item, int step, 
   return first + (4 * granule + warp * grains) * Cf::kGrain;
 }
 
+// Offset of a tile in its page, in 16 bytes.
+template <class Cf>
+__device__ __forceinline__ uint32_t tile_at(unsigned head, unsigned block, unsigned token) {
+  return (head * (block / kTileTokens) + token / kTileTokens) * (Cf::kTileBytes / 16);
+}
+
 // Works out the warp's next 32 slots, one per lane. `odd`: sources of tiles 1 and 3 where a block is not whole chunks.
 template <class Cf>
 __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, uint2* odd, int lane) {
@@ -69,19 +75,20 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
       slot.tiles = 0;
       if (s / Cf::kGrainSlots < grains) {
         const int* table = p.block_table + request * p.block_table_stride;
-        const uint32_t page = static_cast<uint32_t>(p.page_stride / 16);
-        const int tiles_per_page = p.block_size / kTileTokens;
+        const unsigned page = static_cast<unsigned>(p.page_stride / 16), block = p.block_size;
         uint32_t source[4] = {0, 0, 0, 0};
+        const bool aligned = block % 32 == 0;  // a chunk is inside one block
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int pos = token + (j >> 1) * Cf::kSecondChunk + (j & 1) * kTileTokens;
-          if (pos >= r.last) continue;
-          slot.tiles |= 1 << j;
-          const int in_page = at.head * tiles_per_page + pos % p.block_size / kTileTokens;
-          source[j] = static_cast<uint32_t>(table[pos / p.block_size]) * page + in_page * (Cf::kTileBytes / 16);
+        for (int c = 0; c < 2; ++c) {
+          const unsigned pos = token + c * Cf::kSecondChunk, left = max(r.last - static_cast<int>(pos), 0);
+          slot.tiles |= min(left / kTileTokens, 2u) == 2 ? 3 << 2 * c : (left ? 1 << 2 * c : 0);
+          if (left) slot.source[c] = table[pos / block] * page + tile_at<Cf>(at.head, block, pos % block);
+          if (!aligned && left > kTileTokens) {
+            const unsigned second = pos + kTileTokens;
+            source[c] = table[second / block] * page + tile_at<Cf>(at.head, block, second % block);
+          }
         }
-        slot.source[0] = source[0], slot.source[1] = source[2];
-        odd[lane] = make_uint2(source[1], source[3]);
+        if (!aligned) odd[lane] = make_uint2(source[0], source[1]);
       }
       if (s == 0 && slot.tiles) slot.rope_row = p.rope_table_moves ? base / Cf::T : 0;
     }
@@ -95,9 +102,27 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
   return slot;
 }
 
+// Copies of a slot whose tiles are not contiguous.
+template <class Cf>
+__device__ __noinline__ void issue_chunks(const DecodeParams& p, Slot slot, const uint2* odd, uint32_t to,
+                                          uint32_t done) {
+  constexpr int tile = Cf::kTileBytes;
+  const bool aligned = p.block_size % 32 == 0;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int tiles = slot.tiles >> 2 * c & 3;
+    const uint8_t* from = p.pages + slot.source[c] * uint64_t{16};
+    if (tiles) bulk_copy(to + 2 * c * tile, from, (aligned && tiles == 3 ? 2 : 1) * tile, done);
+    if (!aligned && tiles == 3)
+      bulk_copy(to + (2 * c + 1) * tile, p.pages + (c ? odd->y : odd->x) * uint64_t{16}, tile, done);
+  }
+}
+
 template <class Cf>
 struct SlotStream {
-  uint32_t ring;  // shared address; rope rows, barriers follow (Config::kWarpBytes)
+  uint32_t ring;    // shared address; rope rows, barriers follow (Config::kWarpBytes)
+  int n;            // slots consumed
+  uint32_t parity;  // of the two stages' barriers
   StreamState* state;
   uint2* odd;
   Slot slot;  // this lane's
@@ -120,25 +145,10 @@ struct SlotStream {
       if (Cf::kSecondChunk == 32 && p.block_size % 64 == 0) {
         if (bytes) bulk_copy(to, from, bytes, done);
       } else {
-        issue_chunks(p, from, to, done, lane);
+        issue_chunks<Cf>(p, slot, odd + lane, to, done);
       }
     }
     __syncwarp();
-  }
-
-  __device__ void issue_chunks(const DecodeParams& p, const uint8_t* from, uint32_t to, uint32_t done, int lane) {
-    constexpr int tile = Cf::kTileBytes;
-    const uint8_t* second = p.pages + slot.source[1] * uint64_t{16};
-    if (p.block_size % 32 == 0) {
-      if (slot.tiles & 3) bulk_copy(to, from, __popc(slot.tiles & 3) * tile, done);
-      if (slot.tiles & 12) bulk_copy(to + 2 * tile, second, __popc(slot.tiles & 12) * tile, done);
-    } else {
-      const uint2 more = odd[lane];
-      if (slot.tiles & 1) bulk_copy(to, from, tile, done);
-      if (slot.tiles & 2) bulk_copy(to + tile, p.pages + more.x * uint64_t{16}, tile, done);
-      if (slot.tiles & 4) bulk_copy(to + 2 * tile, second, tile, done);
-      if (slot.tiles & 8) bulk_copy(to + 3 * tile, p.pages + more.y * uint64_t{16}, tile, done);
-    }
   }
 };
 

@@ -10,8 +10,9 @@ namespace kqsvd::decode {
 // Writes the record of (request, virtual head) to `target`; rows are head dimensions. One warpgroup.
 template <class Cf>
 __device__ __noinline__ void attend_window(float* target, float* record, float* exchange, const DecodeParams& p,
-                                           const Request& r, int request, int head, int column0, int warp,
+                                           const Request* at_work, int request, int head, int column0, int warp,
                                            int warpgroup, int lane) {
+  const Request r = *at_work;
   constexpr int Q = Cf::D / 32;  // 16-byte vectors of a lane per row
   const int g = lane >> 2, t = lane & 3;
   const int column = column0 + g, row = column / p.heads_per_kv;
@@ -28,14 +29,15 @@ __device__ __noinline__ void attend_window(float* target, float* record, float* 
   for (int i = 0; i < 2 * Q; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
   Sums s{{kEmptyMax, kEmptyMax}, {0.f, 0.f}, {0.f, 0.f}, {0.f, 0.f}};
 
+#pragma unroll 1
   for (int start = r.last + 16 * warp; start < r.length; start += 64) {
     uint4 key[2][Q], value[2][Q];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int pos = min(start + g + 8 * i, r.length - 1);
-      const int block = p.window_table[request * p.window_table_stride + pos / p.window_block_size];
+      const unsigned pos = min(start + g + 8 * i, r.length - 1), size = p.window_block_size;
+      const int block = p.window_table[request * p.window_table_stride + pos / size];
       const uint16_t* at = static_cast<const uint16_t*>(p.window_pages) + block * p.window_block_stride +
-                           head * p.window_head_stride + (pos % p.window_block_size) * p.window_token_stride + 8 * t;
+                           head * p.window_head_stride + pos % size * p.window_token_stride + 8 * t;
 #pragma unroll
       for (int k = 0; k < Q; ++k) {
         key[i][k] = *reinterpret_cast<const uint4*>(at + 32 * k);
@@ -113,8 +115,7 @@ __device__ __noinline__ void attend_window(float* target, float* record, float* 
   // Accumulator (k, h), row g of half y is dimension 32 k + 8 (g / 2) + 2 (2 h + y) + g % 2.
   auto dim = [&](int i, int y) { return 32 * (i >> 1) + 8 * (g >> 1) + 4 * (i & 1) + 2 * y + (g & 1); };
   merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, dim, warp, warpgroup, lane);
-  for (int i = warp * 32 + lane; i < Cf::kRecord / 4; i += 128)
-    __stcg(reinterpret_cast<float4*>(target) + i, reinterpret_cast<const float4*>(record)[i]);
+  join_halves<Cf>(record, target, warp * 32 + lane);
 }
 
 }  // namespace kqsvd::decode
