@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(1024) schedule_kernel(const __grid_constant__ 
   __shared__ int warp_sum[32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int base = 0;
-  for (int start = 0; start <= p.num_requests; start += 1024) {
+  for (int start = 0; start < p.table_rows; start += 1024) {
     const int i = start + threadIdx.x;
     Request r{};
     int units = 0;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(1024) schedule_kernel(const __grid_constant__ 
         r.first = p.sliding_window > 0 ? align_down(max(r.p0 + 1 - p.sliding_window, 0), p.grain) : 0;
         r.first = min(r.first, align_down(r.last, p.grain));
         const int grains = (r.last - r.first + p.grain - 1) / p.grain;
-        units = max((grains + 3) / 4 + (r.last < r.length ? p.window_units : 0), 1);
+        units = max((grains + 3) / 4 + p.window_units, 1);
       } else {
         r.num_rows = 0;
       }
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(1024) schedule_kernel(const __grid_constant__ 
     }
     r.unit_end = base + before + sum;
     r.unit_begin = r.unit_end - units;
-    if (i <= p.num_requests) p.requests[i] = r;
+    if (i < p.table_rows) p.requests[i] = r;
     base += all;
     __syncthreads();
   }

@@ -46,6 +46,7 @@ void decode_schedule(const Tensor seq_lens, const Tensor query_start_loc, Tensor
   p.query_start_loc = data<const int>(query_start_loc);
   p.requests = reinterpret_cast<Request*>(data<int>(requests));
   p.num_requests = static_cast<int>(num_requests);
+  p.table_rows = static_cast<int>(requests.size(0));
   p.window = static_cast<int>(window);
   p.window_units = static_cast<int>(window_units);
   p.sliding_window = static_cast<int>(sliding_window);

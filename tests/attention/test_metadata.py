@@ -19,7 +19,7 @@ def builder_with(threshold: int = 1, planned: list | None = None) -> KQSVDMetada
     made = object.__new__(KQSVDMetadataBuilder)
     made.reorder_batch_threshold = threshold
     made._positions = torch.zeros(64, dtype=torch.int64)
-    made._plan_step = None if planned is None else lambda step: planned.append(step) or "plan"
+    made._ops = SimpleNamespace(plan_step=lambda step: None if planned is None else planned.append(step) or "plan")
     return made
 
 

@@ -63,7 +63,7 @@ def engine_config(**change: Any) -> Any:
         ({"is_hybrid": True}, "linear-attention"),
         ({"decode_context_parallel_size": 2}, "set it to 1"),
         ({"prefill_context_parallel_size": 2}, "set it to 1"),
-        ({"kv_transfer_config": object()}, "remove --kv-transfer-config"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "remove --kv-transfer-config"),
         ({"disable_hybrid_kv_cache_manager": True}, "remove the option"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "use method 'ngram'"),
     ],
