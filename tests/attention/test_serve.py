@@ -36,8 +36,8 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         beside.symlink_to(tiny / "p8")
     log = tmp_path_factory.mktemp("serve") / "server.log"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-        "--host", "127.0.0.1", "--port", str(port), "--attention-backend", "CUSTOM", "--enforce-eager",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", "CUSTOM", "--enforce-eager",
         "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(8 << 20),
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
@@ -68,7 +68,8 @@ def healthy(port: int) -> bool:
 
 def test_boot_report(server: tuple[str, Path]) -> None:
     text = server[1].read_text()
-    for words in ("kqsvd: latent KV cache", "3 of 3 attention layers", "KV tokens", "rope mode   page", "kernels     cpu"):
+    report = ("kqsvd: latent KV cache", "3 of 3 attention layers", "KV tokens", "rope mode   page", "kernels     cpu")
+    for words in report:
         assert words in text
 
 

@@ -33,7 +33,9 @@ def window_spec(bits: int = 4, block_size: int = 128) -> WindowSpec:
     )
 
 
-@pytest.mark.parametrize(("bits", "block", "expected"), [(8, 128, 64), (4, 128, 32), (3, 128, 16), (2, 128, 16), (4, 64, 16)])
+@pytest.mark.parametrize(
+    ("bits", "block", "expected"), [(8, 128, 64), (4, 128, 32), (3, 128, 16), (2, 128, 16), (4, 64, 16)]
+)
 def test_largest_block_that_fits_a_latent_page(bits: int, block: int, expected: int) -> None:
     spec = window_spec(bits, block)
     assert spec.block_size == expected

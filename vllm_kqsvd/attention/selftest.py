@@ -11,16 +11,19 @@ from vllm_kqsvd.errors import KernelError
 from vllm_kqsvd.ops import LayerOps, LayerShape, Step
 from vllm_kqsvd.ops.eager import ReferenceOps
 
-TOLERANCE = {torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.05}  # relative error of the output
+PEAKEDNESS = 2.0  # standard deviation of the logits
+TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.15}  # relative; faults cause 0.5 and more
 
 
 def _rows(codec, tokens: int, shape: LayerShape, device: torch.device, gen: torch.Generator) -> list[torch.Tensor]:
-    """Query, key, value rows about as far from the codec's mean as its step size expects."""
+    """Query, key, value rows as wide as the codec's steps expect; few keys dominate, so that faults are not averaged out."""
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    noise = [torch.randn(tokens, n, shape.head_dim, generator=gen) for n in heads]
-    for x, side in zip(noise[1:], (codec.k, codec.v), strict=True):
+    query, key, value = (torch.randn(tokens, n, shape.head_dim, generator=gen) for n in heads)
+    for x, side in ((key, codec.k), (value, codec.v)):
         x *= side.decode.norm(dim=(1, 2)).cpu()[:, None] / side.decode.shape[1] ** 0.5
-        x += (side.mean_basis[0] @ side.mean).cpu()
+    query *= PEAKEDNESS / (shape.scale * shape.head_dim**0.5 * key.std())
+    key += (codec.k.mean_basis[0] @ codec.k.mean).cpu()
+    noise = [query, key, value]
     return [x.to(device, shape.dtype) for x in noise]
 
 
