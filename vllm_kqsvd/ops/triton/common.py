@@ -38,15 +38,15 @@ def byte_address(token, byte, HALF: tl.constexpr, IS_KEY: tl.constexpr):
 
 
 @triton.jit
-def plane_fields(tiles, token, PLANE: tl.constexpr, IS_KEY: tl.constexpr):
-    """Centred codes of a plane: tile addresses [T], token in tile [T] -> [T, C] float16, each field minus its middle.
+def plane_fields(tiles, token, PLANES: tl.constexpr, INDEX: tl.constexpr, IS_KEY: tl.constexpr):
+    """Centred codes of plane INDEX: tile addresses [T], token in tile [T] -> [T, C] float16, fields minus their middle.
 
     The bits of 256 + field are put together as a float16 and the integer part is subtracted: exact for up to
     8 bits, and cheaper than an integer conversion on every GPU.
     """
-    BITS: tl.constexpr = PLANE[0]
-    FIELDS: tl.constexpr = PLANE[1]
-    HALF: tl.constexpr = PLANE[2]
+    BITS: tl.constexpr = PLANES[INDEX][0]
+    FIELDS: tl.constexpr = PLANES[INDEX][1]
+    HALF: tl.constexpr = PLANES[INDEX][2]
     MASK: tl.constexpr = ((1 << BITS) - 1) << 2
     MIDDLE: tl.constexpr = 256 + ((1 << BITS) - 1) / 2
     column = tl.arange(0, 16)
@@ -57,7 +57,7 @@ def plane_fields(tiles, token, PLANE: tl.constexpr, IS_KEY: tl.constexpr):
     else:
         at = byte_address(token, column, HALF, IS_KEY)
         bit = (field[:, None] + 0 * column[None, :]) * BITS
-    byte = tl.load(tiles[:, None] + PLANE[3] + at).to(tl.int16) << 2
+    byte = tl.load(tiles[:, None] + PLANES[INDEX][3] + at).to(tl.int16) << 2
     word = ((byte[:, None, :] >> bit.to(tl.int16)[None]) & MASK) | 0x5C00
     return tl.reshape(word.to(tl.float16, bitcast=True) - MIDDLE, (token.shape[0], 16 * FIELDS))
 

@@ -206,7 +206,7 @@ def split_kernel(
             k_scale, k_sink = scale_and_class(tiles, token, K_SCALE)
             score = tl.zeros([ROWS, TILE], tl.float32)
             for p in tl.static_range(len(K_PLANES)):
-                fields = plane_fields(tiles, token, K_PLANES[p], True)
+                fields = plane_fields(tiles, token, K_PLANES, p, True)
                 score = tl.dot(absorbed[p], tl.trans(fields), score)
             means_part = dot_split(mean_query, tl.trans(class_basis(k_basis, position % OFFSETS, k_sink)))
             score = (score * (k_scale * unit)[None, :] + means_part) * (norm * SCALE)[:, None]
@@ -220,7 +220,7 @@ def split_kernel(
             weight = (p_ * v_scale[None, :]).to(tl.float16)
             added = ()
             for p in tl.static_range(len(V_PLANES)):
-                fields = plane_fields(tiles, token, V_PLANES[p], False)
+                fields = plane_fields(tiles, token, V_PLANES, p, False)
                 added = added + (tl.dot(weight, fields, acc[p] * rescale[:, None]),)
             acc = added
 

@@ -33,7 +33,7 @@ def expand(
     """Decoded latents of tokens [T], mean not yet added -> [T, P] float32."""
     x = tl.zeros([TILE, PAD], tl.float32)
     for p in tl.static_range(len(PLANES)):
-        fields = plane_fields(tiles, token, PLANES[p], IS_KEY)
+        fields = plane_fields(tiles, token, PLANES, p, IS_KEY)
         row = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
         matrix = tl.load(decode + row[:, None] * PAD + channel[None, :])
         high = matrix.to(tl.float16)
