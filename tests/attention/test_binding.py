@@ -83,3 +83,11 @@ def test_open_and_check(tmp_path: Path) -> None:
     config.num_key_value_heads = 1
     with pytest.raises(ProjectionFileError, match="num_kv_heads"):
         binding.check_served_model(projection, SimpleNamespace(model="hub/name", hf_config=config))  # type: ignore[arg-type]
+
+
+def test_layers_of_unequal_size() -> None:
+    small = LayerPlan(side_plan(2, 2), side_plan(4, 4))
+    layers = {i: SimpleNamespace(codec=random_codec(p, heads=1, dim=32)) for i, p in enumerate((PLAN, PLAN, small))}
+    binding.check_equal_pages(Projection(None, {0: layers[0], 1: layers[1]}))  # type: ignore[arg-type, dict-item]
+    with pytest.raises(UnsupportedError, match="equal bytes per layer"):
+        binding.check_equal_pages(Projection(None, layers))  # type: ignore[arg-type]

@@ -66,6 +66,16 @@ def test_every_layer_has_latents_and_a_window(llm: Any) -> None:
     assert len({g.kv_cache_spec.page_size_bytes for g in groups}) == 1
 
 
+def test_report_agrees_with_vllm(llm: Any) -> None:
+    from vllm_kqsvd.attention.report import report_lines
+
+    config = llm.llm_engine.vllm_config
+    impls = [x.impl for x in layers_of(llm).values() if hasattr(x, "impl")]
+    lines = "\n".join(report_lines(config, impls, config.cache_config.num_gpu_blocks))
+    assert f"{config.cache_config.kv_cache_size_tokens:,} instead of" in lines
+    assert "780 bytes instead of 3,072 (3.94x), 8.12 bits per element" in lines
+
+
 def test_within_the_window_tokens_are_native(llm: Any, native: Native) -> None:
     for ours, theirs in zip(generate(llm, SHORT), native.short, strict=True):
         assert ours.tokens == theirs.tokens

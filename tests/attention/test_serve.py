@@ -37,8 +37,9 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     log = tmp_path_factory.mktemp("serve") / "server.log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", "CUSTOM", "--enforce-eager",
-        "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(8 << 20),
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
+        "--attention-backend", "CUSTOM", "--enforce-eager", "--dtype", "float32",
+        "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(8 << 20),
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:

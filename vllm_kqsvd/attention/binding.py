@@ -45,6 +45,16 @@ def check_served_model(projection: Projection, model: ModelConfig) -> None:
     projection.check_model(ModelFingerprint.from_config(model.hf_config, weights))
 
 
+def check_equal_pages(projection: Projection) -> None:
+    """Raise unless every layer has as many bytes per token: vLLM's block pool holds pages of one size."""
+    sizes = {e.codec.plan.bytes_per_token for e in projection.layers.values()}
+    if len(sizes) > 1:
+        raise UnsupportedError(
+            f"a projection whose layers take {min(sizes)} to {max(sizes)} bytes per token and head found; vLLM would "
+            "pad all pages to the largest; calibrate with equal bytes per layer (the default)"
+        )
+
+
 def entry_for(projection: Projection, layer_name: str) -> LayerEntry:
     """The file's entry of a vLLM attention layer.
 

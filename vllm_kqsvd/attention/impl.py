@@ -100,6 +100,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.codec = binding.shard(entry.codec, self.num_kv_heads, rank, world, name)
         self.name, self.rope_mode, self.digest = name, entry.rope_mode, projection.digest
+        self.max_position = entry.max_position
         self.dtype, self.device = act_dtype, next(iter(layer.buffers()), torch.empty(0)).device
         layer.attn_backend = backend_for(self.codec.plan.bytes_per_token)
         self.shadow_name = name + window.SUFFIX
@@ -116,6 +117,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         if reason := refusals.rope_refusal(self.model_config, modes):
             raise UnsupportedError(f"vllm_kqsvd: {reason}")
         binding.check_served_model(projection, self.model_config)
+        binding.check_equal_pages(projection)
         for name, layer in self.layers.items():
             if isinstance(layer, window.WindowShadow) or isinstance(getattr(layer, "impl", None), KQSVDImpl):
                 continue

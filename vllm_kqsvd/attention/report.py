@@ -50,6 +50,19 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) ->
     ]
 
 
+def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
+    """What works but may cost quality, one sentence each."""
+    out, longest = [], config.model_config.max_model_len
+    if max_position is not None and max_position < longest:
+        out.append(
+            f"the projection was calibrated for {max_position:,} positions and --max-model-len is {longest:,}; keys "
+            "beyond lose quality; lower --max-model-len or calibrate for longer contexts"
+        )
+    if config.lora_config is not None:
+        out.append("LoRA adapters change keys and values; the projection was calibrated without them")
+    return out
+
+
 def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> None:
     """Check the block pool and log the report, once the real cache is there.
 
@@ -60,3 +73,5 @@ def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> None:
         return
     check_pool(impls[0].window_spec, impls[0].ops.shape.block_size, num_blocks, config)
     logger.info("%s", "\n".join(report_lines(config, impls, num_blocks)))
+    for line in warnings_of(config, impls[0].max_position):
+        logger.warning("kqsvd: %s", line)

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.15}  # r
 
 
 def _rows(codec, tokens: int, shape: LayerShape, device: torch.device, gen: torch.Generator) -> list[torch.Tensor]:
-    """Query, key, value rows as wide as the codec's steps expect; few keys dominate, so that faults are not averaged out."""
+    """Query, key, value rows as wide as the codec's steps expect; few keys dominate, or faults would average out."""
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     query, key, value = (torch.randn(tokens, n, shape.head_dim, generator=gen) for n in heads)
     for x, side in ((key, codec.k), (value, codec.v)):
