@@ -13,7 +13,8 @@ import torch
 
 from vllm_kqsvd.codec import MEAN_RANK, LayerCodec, SideCodec
 from vllm_kqsvd.ops.rope_block import RopeSpec
-from vllm_kqsvd.plan import LayerPlan, SidePlan, planes_for
+from vllm_kqsvd.plan import LayerPlan, SidePlan
+from vllm_kqsvd.plan_catalog import PLANS
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,13 +52,8 @@ SHAPES = {
         head_dim=64,
     ),
 }
-# (K widths, V widths) per group of 16 channels at head_dim 128
-PLANS = {
-    4.0: ((6, 4, 4, 4, 4, 4, 4, 2), (4,) * 8),
-    3.0: ((6, 4, 4, 2, 2, 2, 2, 2), (3,) * 8),
-    2.5: ((4, 4, 2, 2, 2, 2), (3,) * 8),
-    2.0: ((4, 4, 2, 2, 2, 2), (2,) * 8),
-}
+# named width -> plan of the decode kernels' catalogue
+PLANS_BY_BITS = {4.0: "d128_b130", 3.0: "d128_b98", 2.5: "d128_b82", 2.0: "d128_b66"}
 
 
 def model_folder(name: str, root: Path) -> Path:
@@ -97,6 +93,4 @@ def random_codec(config: dict, plan: LayerPlan, rope_block: int, seed: int) -> L
 
 def plan_of(bits: float) -> LayerPlan:
     """The benchmark plan of a named width."""
-    k, v = (planes_for(w) for w in PLANS[bits])
-    assert k is not None and v is not None, bits
-    return LayerPlan(k, v)
+    return PLANS[PLANS_BY_BITS[bits]][1]
