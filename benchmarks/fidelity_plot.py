@@ -21,7 +21,7 @@ def family(method: str) -> str:
     """Method name without its bit width: points of a family are joined by a line."""
     if method.startswith(OURS):
         return "vllm_kqsvd"
-    return re.sub(r"[-_]?\d(bit)?(-g\d+)?(_nc)?$", "", method)
+    return re.sub(r"[-_]\d(bit)?(-g\d+)?(_nc)?$", "", method)
 
 
 def points(rows: list[dict], window: bool) -> dict[str, list[tuple[float, float]]]:

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.fidelity import peer_codecs
+from benchmarks.fidelity_plot import family
 from benchmarks.peers.base import hadamard, round_min_max
 from benchmarks.peers.lloyd_max import gaussian_levels
 from tests.helpers import random_codec, side_plan
@@ -78,3 +79,9 @@ def test_min_max_rounding_hits_both_extremes():
     x = torch.tensor([[-1.0, 0.1, 2.0]])
     out = round_min_max(x, 2, -1)
     assert torch.allclose(out[0, [0, 2]], x[0, [0, 2]], atol=1e-3)
+
+
+def test_plot_families_join_bit_widths():
+    names = ["fp8", "nvfp4", "kivi-4-g32", "turboquant_3bit_nc", "centred-turboquant-like-2", "kqsvd-smollm2-2.5bit"]
+    joined = ["fp8", "nvfp4", "kivi", "turboquant", "centred-turboquant-like", "vllm_kqsvd"]
+    assert [family(name) for name in names] == joined
