@@ -16,7 +16,7 @@ from vllm_kqsvd.attention.refusals import connector_allowed
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 BLOCK_SIZE = 128  # tokens per latent page unless --block-size says otherwise
 BLOCK_MULTIPLE = 64
@@ -77,7 +77,7 @@ class KQSVDBackend(_Pages):
         return KQSVDMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         """Multiples of 64; without --block-size only of 128, which makes 128 the size vLLM picks."""
         config = get_current_vllm_config_or_none()
         chosen = config is not None and config.cache_config.user_specified_block_size
@@ -107,7 +107,7 @@ class KQSVDWindowBackend(_Pages):
         return WindowMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         """Whole tiles."""
         return [MultipleOf(16)]
 

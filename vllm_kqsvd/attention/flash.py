@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kqsvd.ops import LayerOps
+from vllm_kqsvd.ops.interface import LayerOps
 
 
 def use_flash_attention(ops: LayerOps) -> None:

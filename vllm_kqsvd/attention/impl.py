@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -18,11 +18,12 @@ from vllm_kqsvd.attention.metadata import KQSVDMetadata, WindowMetadata
 from vllm_kqsvd.attention.selftest import check_layer
 from vllm_kqsvd.config import KQSVDConfig
 from vllm_kqsvd.errors import KernelError, UnsupportedError
-from vllm_kqsvd.ops import LayerOps, LayerShape, make_layer_ops
+from vllm_kqsvd.ops.dispatch import make_layer_ops
+from vllm_kqsvd.ops.interface import LayerOps, LayerShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionLayer
 
     from vllm_kqsvd.codec import LayerCodec
 
@@ -75,6 +76,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self.name = ""
         self.codec: LayerCodec | None = None
         self._ops: LayerOps | None = None
+        self.window_spec: window.WindowSpec  # with the ops
         self._bound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -173,7 +175,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: Attention,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -190,7 +192,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
 
     def forward(
         self,
-        layer: Attention,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -215,7 +217,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         return output
 
 
-def _of(by_layer: object, name: str):
+def _of(by_layer: object, name: str) -> Any:
     """Value of a layer in vLLM's per-layer dict (or the first of a list of them); None while profiling."""
     if isinstance(by_layer, list):
         by_layer = by_layer[0]

@@ -15,7 +15,7 @@ from vllm_kqsvd.ops.interface import Step
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 
 @dataclass
@@ -75,7 +75,7 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         announce(vllm_config, impls)
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
         """Single-token decode batches, if every layer's ops run from device tensors alone."""
         from vllm_kqsvd.attention.impl import KQSVDImpl
 

@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import torch
 
+from vllm_kqsvd.codec import LayerCodec
 from vllm_kqsvd.errors import KernelError
-from vllm_kqsvd.ops import LayerOps, LayerShape, Step
 from vllm_kqsvd.ops.eager import ReferenceOps
+from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
 
 PEAKEDNESS = 2.0  # standard deviation of the logits
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.15}  # relative; faults cause 0.5 and more
 
 
-def _rows(codec, tokens: int, shape: LayerShape, device: torch.device, gen: torch.Generator) -> list[torch.Tensor]:
+def _rows(
+    codec: LayerCodec, tokens: int, shape: LayerShape, device: torch.device, gen: torch.Generator
+) -> list[torch.Tensor]:
     """Query, key, value rows as wide as the codec's steps expect; few keys dominate, or faults would average out."""
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     query, key, value = (torch.randn(tokens, n, shape.head_dim, generator=gen) for n in heads)
@@ -67,7 +70,7 @@ def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, device: torch.dev
     return torch.stack(outputs).cpu()
 
 
-def check_layer(ops: LayerOps, codec, device: torch.device, name: str) -> None:
+def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: str) -> None:
     """Raise KernelError, naming the layer, if the ops disagree with the reference or return NaN."""
     if isinstance(ops, ReferenceOps) and type(ops) is ReferenceOps:
         return
