@@ -82,13 +82,12 @@ def random_side(plan: SidePlan, heads: int, dim: int, offsets: int, gen: torch.G
     )
 
 
-def random_codec(config: dict, plan: LayerPlan, rope_block: int, seed: int) -> LayerCodec:
+def random_codec(config: dict, plan: LayerPlan, rope: RopeSpec, rope_block: int, seed: int) -> LayerCodec:
     """A page-mode codec for one layer of a model config."""
     gen = torch.Generator().manual_seed(seed)
     heads, dim = config["num_key_value_heads"], config["head_dim"]
-    inv_freq = config["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     k = random_side(plan.k, heads, dim, rope_block, gen)
-    return LayerCodec(k, random_side(plan.v, heads, dim, 1, gen), RopeSpec(inv_freq), rope_block)
+    return LayerCodec(k, random_side(plan.v, heads, dim, 1, gen), rope, rope_block)
 
 
 def plan_of(bits: float) -> LayerPlan:

@@ -12,6 +12,8 @@ from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, save
 
 def write_random_projection(config: dict, model: Path, plan: LayerPlan, out: Path, rope_block: int = 32) -> None:
     """Write a projection of `model` (a folder with config.json) whose layers all use `plan`."""
+    fingerprint = ModelFingerprint.from_hf(model)
+    rope = fingerprint.rope[0].spec()
     layers = {
         i: LayerEntry(
             i,
@@ -22,8 +24,8 @@ def write_random_projection(config: dict, model: Path, plan: LayerPlan, out: Pat
             None,
             "random",
             "random",
-            random_codec(config, plan, rope_block, seed=i),
+            random_codec(config, plan, rope, rope_block, seed=i),
         )
         for i in range(config["num_hidden_layers"])
     }
-    save_projection(Projection(ModelFingerprint.from_hf(model), layers, {"data": "none: random bases"}), out)
+    save_projection(Projection(fingerprint, layers, {"data": "none: random bases"}), out)

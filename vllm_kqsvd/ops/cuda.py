@@ -90,10 +90,10 @@ class CudaOps(LayerOps):
             window_pages = None
         plan = step.plan if isinstance(step.plan, CudaPlan) else self.plan_step(step)
         if step.num_decodes:
-            self._attend_decodes(query, pages, window_pages, step, plan, output)
+            self._attend_decodes(query, key, value, pages, window_pages, step, plan, output)
         if plan.prefill is not None:
             self.prefill.attend(query, key, value, pages, window_pages, step, plan.prefill, output)
 
-    def _attend_decodes(self, query, pages, window_pages, step: Step, plan: CudaPlan, output) -> None:
+    def _attend_decodes(self, query, key, value, pages, window_pages, step: Step, plan: CudaPlan, output) -> None:
         requests = self._schedule(step, plan, window_pages is not None)
         self._decode.attend(query, pages, window_pages, step, requests, output)

@@ -53,6 +53,6 @@ class MixedOps(CudaOps):
         """Prefill segments alone: Triton's decode needs no schedule."""
         return CudaPlan(plan_prefill(step, self.shape.window, self.prefill.capacity))
 
-    def _attend_decodes(self, query, pages, window_pages, step: Step, plan: CudaPlan, output) -> None:
+    def _attend_decodes(self, query, key, value, pages, window_pages, step: Step, plan: CudaPlan, output) -> None:
         decodes = replace(step, num_reqs=step.num_decodes)
-        self._triton.attend(query, query, query, pages, window_pages, decodes, output)
+        self._triton.attend(query, key, value, pages, window_pages, decodes, output)
