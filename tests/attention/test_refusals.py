@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from tests.attention.conftest import engine  # noqa: E402
 from tests.attention.models import write_model, write_projection  # noqa: E402
 from vllm_kqsvd.attention import refusals  # noqa: E402
-from vllm_kqsvd.attention.backend import BLOCK_SIZE, KQSVDBackend, backend_for  # noqa: E402
+from vllm_kqsvd.attention.backend import BLOCK_SIZE, KQSVDBackend, KQSVDWindowBackend, backend_for  # noqa: E402
 
 LAYER: dict[str, Any] = {
     "head_size": 64, "num_heads": 4, "num_kv_heads": 2, "kv_cache_dtype": "auto", "attn_type": "decoder",
@@ -100,6 +100,11 @@ def test_what_the_selector_hears() -> None:
 
 
 def test_preferred_block_size() -> None:
+    from vllm.config import VllmConfig
+    from vllm.platforms.interface import Platform
+
+    pair = [backend_for(130), KQSVDWindowBackend]  # what vLLM finds in the layer table once weights are loaded
+    assert Platform._preferred_block_size_for_backends(pair, 16, VllmConfig()) == BLOCK_SIZE
     assert KQSVDBackend.get_preferred_block_size(16) == BLOCK_SIZE
     assert backend_for(130) is backend_for(130) and backend_for(130).full_cls_name() == KQSVDBackend.full_cls_name()
 
