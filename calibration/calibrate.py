@@ -18,6 +18,7 @@ from vllm_kqsvd.calibration.basis import BASES
 from vllm_kqsvd.calibration.capture import load_model
 from vllm_kqsvd.calibration.collect import CollectOptions, Collector
 from vllm_kqsvd.calibration.corpus import Corpus
+from vllm_kqsvd.calibration.distributed import collect_with_ray
 from vllm_kqsvd.calibration.frames import ROPE_MODES, Frame
 from vllm_kqsvd.calibration.model_probe import NO_ROPE, LayerInfo, probe
 from vllm_kqsvd.calibration.solve import SolvedLayer, SolveOptions, solve
@@ -73,17 +74,18 @@ def calibrate(
     output: str | Path | None = None,
     resume: bool = False,
     device: str | None = None,
+    workers: int = 1,
 ) -> Projection:
     """Calibrate the model of a Hugging Face folder on local text files.
 
-    With `output` the statistics are saved beside that folder while they grow, and `resume` goes on from them. Nothing
-    else is written; save the result with vllm_kqsvd.projection.save_projection. Raises CalibrationError or
-    UnsupportedError, each in one sentence.
+    With `output` the statistics are saved beside that folder while they grow, and `resume` goes on from them; `workers`
+    above 1 spreads the windows over so many ray tasks instead. Nothing else is written; save the result with
+    vllm_kqsvd.projection.save_projection. Raises CalibrationError or UnsupportedError, each in one sentence.
     """
     options = options or CalibrateOptions()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     statistics, layers, corpus = collect_statistics(
-        model_dir, data, options, output=output, resume=resume, device=device
+        model_dir, data, options, output=output, resume=resume, device=device, workers=workers
     )
     return project(model_dir, layers, statistics, corpus, options, device)
 
@@ -96,6 +98,7 @@ def collect_statistics(
     output: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    workers: int = 1,
 ) -> tuple[Statistics, list[LayerInfo], Corpus]:
     """The part that runs the model: (statistics of all windows, layers, text)."""
     collect = options.collect
@@ -115,7 +118,13 @@ def collect_statistics(
         logger.info("going on after window %d of %d", statistics.steps_done, collector.num_steps)
     else:
         statistics = collector.start(identity)
-    collector.run(statistics, range(statistics.steps_done, collector.num_steps), path)
+        if path:
+            statistics.save(path)  # an output that cannot be written shows now, not after the last window
+    if workers > 1 and statistics.steps_done == 0:
+        gpus = {"num_gpus": 1} if device.startswith("cuda") else {}
+        statistics = collect_with_ray(model_dir, data, collect, statistics, workers, device, **gpus)
+    else:
+        collector.run(statistics, range(statistics.steps_done, collector.num_steps), path)
     if path:
         statistics.save(path)
     return statistics, layers, corpus

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-chat", action="store_true", help="no windows in the tokenizer's chat template")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from an interrupted run of the same options")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="spread the windows over N ray tasks")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
 
 
@@ -118,14 +119,29 @@ def run(args: argparse.Namespace) -> int:
     """Entry point of the command."""
     if not (args.model / "config.json").is_file():
         raise CalibrationError(f"{args.model} is not a Hugging Face model folder (no config.json)")
+    _check_output(args.output)
     began = time.monotonic()
     projection = calibrate(
-        args.model, args.data, options_from(args), output=args.output, resume=args.resume, device=args.device
+        args.model,
+        args.data,
+        options_from(args),
+        output=args.output,
+        resume=args.resume,
+        device=args.device,
+        workers=args.workers,
     )
     digest = save_projection(projection, args.output)
     remove_partial(args.output)
     print(summary(projection, args.output, digest, time.monotonic() - began))
     return 0
+
+
+def _check_output(output: Path) -> None:
+    """Refuse an output that save_projection would refuse, before the work instead of after it."""
+    if output.exists() and not output.is_dir():
+        raise CalibrationError(f"--output {output} exists and is not a folder; choose another")
+    if output.is_dir() and any(output.iterdir()) and not (output / "kqsvd.safetensors").is_file():
+        raise CalibrationError(f"--output {output} exists and holds other files; choose another")
 
 
 def summary(projection: Projection, output: Path, digest: str, seconds: float) -> str:

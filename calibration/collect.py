@@ -32,7 +32,7 @@ class CollectOptions:
 
     num_windows: int = 64
     window_length: int = 2048
-    gradient_windows: int = 12
+    gradient_windows: int = 8
     gradient_length: int = 1024
     samples: int = 4096
     window: int = 64
@@ -45,6 +45,14 @@ def before_rope(x: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
     """R_{-p} x for x [heads, T, d] at positions 0 .. T-1, float32."""
     at = -torch.arange(x.shape[1], device=x.device)
     return rotate(x.float().transpose(0, 1), at, rope).transpose(0, 1)
+
+
+def draw_labels(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
+    """One label per row of logits [n, vocabulary] by inverting the distribution function (one random number a row;
+    torch.multinomial draws one per entry, which costs as much as the layers' backward pass)."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    at = torch.rand(len(logits), 1, generator=gen, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 class Collector:
@@ -141,7 +149,7 @@ class Collector:
         with observe_gradients(forward, backward, self.options.window):
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
             with torch.no_grad():
-                labels = torch.multinomial(logits.softmax(-1), 1, generator=gen)[:, 0]
+                labels = draw_labels(logits, gen)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 
     def _local(self, statistics: Statistics, ids: list[int], gen: torch.Generator) -> None:

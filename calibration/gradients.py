@@ -44,24 +44,51 @@ def attention_gradients(
     """
     heads, length = k.shape[0], k.shape[1]
     group = q.shape[0] // heads
-    at = torch.arange(length, device=q.device)
-    far = (at[:, None] - at[None, :] >= window).to(q.dtype)
     dq, dk, dv, dk_far, dv_far = (torch.empty_like(x) for x in (q, k, v, k, v))
     for h in range(heads):  # one KV head at a time bounds memory to g T^2
         rows = slice(h * group, (h + 1) * group)
         s = _logits(q[rows], k[h], mask, scale, soft_cap)
         p = s.softmax(-1)
-        dp = torch.matmul(grad[rows], v[h].T)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        ds = torch.matmul(grad[rows], v[h].T)
+        ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
         if soft_cap:
-            ds = ds * (1 - (s.masked_fill(p == 0, 0.0) / soft_cap).square())
-        ds = ds * scale
+            ds.mul_(1 - (s.masked_fill(p == 0, 0.0) / soft_cap).square())
+        ds.mul_(scale)
         dq[rows] = torch.matmul(ds, k[h])
-        dk[h] = torch.einsum("gnt,gnd->td", ds, q[rows])
-        dv[h] = torch.einsum("gnt,gnd->td", p, grad[rows])
-        dk_far[h] = torch.einsum("gnt,gnd->td", ds.mul_(far), q[rows])
-        dv_far[h] = torch.einsum("gnt,gnd->td", p.mul_(far), grad[rows])
+        dk[h] = _to_keys(ds, q[rows])
+        dv[h] = _to_keys(p, grad[rows])
+        dk_far[h], dv_far[h] = dk[h], dv[h]
+        for start in range(0, length, max(window, 1)):  # take the near band away, one strip of queries at a time
+            end, first = min(start + window, length), max(0, start - window + 1)
+            at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            near = (at < window).to(q.dtype)
+            dk_far[h, first:end] -= _to_keys(ds[:, start:end, first:end] * near, q[rows, start:end])
+            dv_far[h, first:end] -= _to_keys(p[:, start:end, first:end] * near, grad[rows, start:end])
     return dq, dk, dv, dk_far, dv_far
+
+
+def _to_keys(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """sum over a group's heads and queries: weights [g, n, t], x [g, n, d] -> [t, d]."""
+    return torch.matmul(weights.mT, x).sum(0)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, soft_cap: float
+) -> torch.Tensor:
+    """Attention of one sequence, [Hq, T, d]."""
+    group = q.shape[0] // k.shape[0]
+    if not soft_cap:
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale
+        )[0]
+    out = torch.empty_like(q)
+    for h in range(k.shape[0]):
+        rows = slice(h * group, (h + 1) * group)
+        out[rows] = torch.matmul(_logits(q[rows], k[h], mask, scale, soft_cap).softmax(-1), v[h])
+    return out
 
 
 class FarAttention(torch.autograd.Function):
@@ -82,12 +109,7 @@ class FarAttention(torch.autograd.Function):
         """q [Hq, T, d], k and v [H, T, d] -> [Hq, T, d]."""
         ctx.save_for_backward(q, k, v, *(() if mask is None else (mask,)))
         ctx.options = (scale, soft_cap, window, callback)
-        group = q.shape[0] // k.shape[0]
-        out = torch.empty_like(q)
-        for h in range(k.shape[0]):
-            rows = slice(h * group, (h + 1) * group)
-            out[rows] = torch.matmul(_logits(q[rows], k[h], mask, scale, soft_cap).softmax(-1), v[h])
-        return out
+        return _attention(q, k, v, mask, scale, soft_cap)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]

@@ -130,7 +130,7 @@ class Statistics:
         self.steps_done += other.steps_done
 
     def save(self, path: Path) -> None:
-        """Write everything to one safetensors file, atomically."""
+        """Write everything to one safetensors file, atomically. Raises CalibrationError if that is impossible."""
         tensors: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(self.layers):
             for name, value in layer.sums.items():
@@ -142,9 +142,14 @@ class Statistics:
                 tensors[f"{i}.{side}_proto_mean"], tensors[f"{i}.{side}_proto_sink"] = p.mean.cpu(), p.sink.cpu()
         header = json.dumps({"options": self.options, "steps_done": self.steps_done}, sort_keys=True)
         temporary = path.with_suffix(".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={_METADATA_KEY: header})
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={_METADATA_KEY: header})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as e:
+            raise CalibrationError(
+                f"cannot save the growing statistics in {path.parent}: {e}; free some space or choose another --output"
+            ) from e
 
     @classmethod
     def load(cls, path: Path, options: dict[str, object] | None, device: torch.device | str) -> Statistics:

@@ -195,6 +195,14 @@ def test_command_refuses_nonsense(llama: Path, text_file: Path, tmp_path: Path) 
     base = ["--output", str(tmp_path / "p"), "--data", str(text_file)]
     with pytest.raises(CalibrationError, match="not a Hugging Face model folder"):
         cli.run(arguments(str(tmp_path), *base))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(CalibrationError, match="holds other files"):
+        cli.run(arguments(str(llama), "--output", str(foreign), "--data", str(text_file)))
+    (tmp_path / "file").touch()
+    with pytest.raises(CalibrationError, match="cannot save the growing statistics"):
+        calibrate(llama, [text_file], OPTIONS, output=tmp_path / "file" / "p")
     with pytest.raises(ConfigError, match="not a number"):
         cli.run(arguments(str(llama), *base, "--ratio", "fast"))
     with pytest.raises(CalibrationError, match="does not exist"):
