@@ -49,9 +49,9 @@ struct Config {
   static constexpr int kExchange = kRecordsBytes + 2 * kList;
   static constexpr int kScratchBytes = (kExchange + 640 + 127) / 128 * 128;
 
-  // Of one warp: ring, rope rows, two mbarriers, stream state, sources of odd tiles.
+  // Of one warp: ring, rope rows, two mbarriers, stream state and progress, sources of odd tiles.
   static constexpr int kWarpState = kStages * kSlotBytes + kRopeStages * kRopeBytes + 16;
-  static constexpr int kWarpBytes = kWarpState + 32 + 256 + 16;
+  static constexpr int kWarpBytes = kWarpState + 96 + 256 + 16;
   static constexpr int shared_bytes(int warpgroups) {
     return kImageBytes + kMeanBytes + warpgroups * (kScratchBytes + 4 * kWarpBytes) + 16;
   }

@@ -4,6 +4,7 @@
 
 #include "decode_kernel.cuh"
 #include "decode_launch.h"
+#include "decode_window.cuh"
 
 namespace kqsvd::decode {
 
@@ -11,6 +12,7 @@ template <class Cf>
 cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   static bool prepared[64] = {};  // per device; setting the attribute twice is harmless
   int device = 0;
+  if (params.num_requests <= 0) return cudaSuccess;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (device >= 64 || !prepared[device]) {
     if (cudaError_t e = cudaFuncSetAttribute(decode_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -22,12 +24,15 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.num_ctas);
-  config.blockDim = dim3(Cf::kThreads);
-  config.dynamicSmemBytes = Cf::kSharedBytes;
   config.stream = stream;
   config.attrs = &dependent;
   config.numAttrs = 1;
+  config.gridDim = dim3(params.num_kv_heads * params.column_groups, params.window_pages ? params.num_requests : 1);
+  config.blockDim = dim3(128);
+  if (cudaError_t e = cudaLaunchKernelEx(&config, window_kernel<Cf>, params)) return e;
+  config.gridDim = dim3(params.num_ctas);
+  config.blockDim = dim3(Cf::kThreads);
+  config.dynamicSmemBytes = Cf::kSharedBytes;
   return cudaLaunchKernelEx(&config, decode_kernel<Cf>, params);
 }
 

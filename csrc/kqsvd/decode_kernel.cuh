@@ -5,7 +5,6 @@
 
 #include "decode_merge.cuh"
 #include "decode_stream.cuh"
-#include "decode_window.cuh"
 #include "unpack.cuh"
 
 namespace kqsvd::decode {
@@ -47,26 +46,47 @@ struct Softmax {
   }
 };
 
-// Everything a warp needs to process a slot of the current request.
+// Shared memory of a CTA, in the order of Config::shared_bytes. All offsets are constants.
 template <class Cf>
-struct SlotContext {
-  const DecodeParams& p;
-  const Request* r;        // shared
-  const uint4* mean_tile;  // shared
-  const uint4* query;      // shared, for the rare sink path
-  const uint4* sink_rows;  // global, of this head
-  int key_exponent, column0;
+struct SharedMap {
+  uint8_t* base;
+  __device__ uint8_t* image() const { return base; }
+  __device__ uint4* mean() const { return reinterpret_cast<uint4*>(base + Cf::kImageBytes); }
+  __device__ uint8_t* scratch(int wg) const {
+    return base + Cf::kImageBytes + Cf::kMeanBytes + wg * Cf::kScratchBytes;
+  }
+  __device__ uint8_t* ring(int warp) const { return scratch(Cf::kWarpgroups) + warp * Cf::kWarpBytes; }
+  __device__ uint8_t* image_bar() const { return ring(4 * Cf::kWarpgroups); }
+};
+
+// The request and head a warpgroup works on; in its scratch.
+struct WorkItem {
+  Request r;
+  int head, column0;
   int visible_begin, visible_end;  // latent positions outside need per-element masks
-  int lane;
+  int key_exponent;
+};
+
+// Views of a warpgroup's scratch.
+template <class Cf>
+struct Scratch {
+  uint8_t* base;
+  __device__ uint4* query() const { return reinterpret_cast<uint4*>(base); }    // while scores are computed
+  __device__ float* record() const { return reinterpret_cast<float*>(base); }   // while results are merged
+  __device__ uint16_t* list() const { return reinterpret_cast<uint16_t*>(base + Cf::kRecordsBytes); }
+  __device__ float* exchange() const { return reinterpret_cast<float*>(base + Cf::kExchange); }
+  __device__ int* flag() const { return reinterpret_cast<int*>(base + Cf::kExchange + 512); }
+  __device__ WorkItem* item() const { return reinterpret_cast<WorkItem*>(base + Cf::kExchange + 544); }
 };
 
 // What few slots need: sink-minus-mean logits of class-1 tokens, soft cap, masks. `s`: scores [tile][4] of this lane.
 template <class Cf>
-__device__ __noinline__ void adjust_scores(float* s, const SlotContext<Cf> x, const uint8_t* slot, int token, int half,
-                                           int base, int fragment, bool has_class, bool edge) {
-  const DecodeParams& p = x.p;
-  const int lane = x.lane, column0 = x.column0;
-  const Request* r = x.r;
+__device__ __noinline__ void adjust_scores(float* s, const DecodeParams& p, Scratch<Cf> scratch, const uint4* mean_tile,
+                                           const uint8_t* slot, int token, int half, int base, int fragment,
+                                           bool has_class, bool edge) {
+  const WorkItem* x = scratch.item();
+  const int lane = threadIdx.x & 31, column0 = x->column0;
+  const Request* r = &x->r;
   constexpr bool kPaired = Cf::C == 4;
   constexpr int kTiles = kPaired ? 2 : 4;
   const int g = lane >> 2, t = lane & 3;
@@ -78,11 +98,12 @@ __device__ __noinline__ void adjust_scores(float* s, const SlotContext<Cf> x, co
     for (int i = 0; i < 4; ++i) {
       const int mine = kPaired ? i & 1 : i;
       const bool keep = !kPaired || (i >> 1) == (second ? 1 : 0);
-      const uint2 w = absorb_sink<Cf>(x.query, rope, x.sink_rows, Cf::C == 8 && Cf::T == 32 ? i >> 1 : fragment, lane);
+      const uint2 w = absorb_sink<Cf>(scratch.query(), rope, p.sink_rows + x->head * (Cf::D / 16) * 32, Cf::C == 8 && Cf::T == 32 ? i >> 1 : fragment,
+                                       lane);
       const uint8_t* scale = slot + i * Cf::kTileBytes + Cf::kKeyScales + g;
       const uint32_t lo = (scale[0] & 0x80u) ? ~0u : 0u, hi = (scale[8] & 0x80u) ? ~0u : 0u;
       const int row = kPaired || Cf::T == 32 ? 2 * half + (i & 1) : i;
-      const uint4 u = x.mean_tile[row * 32 + lane];
+      const uint4 u = mean_tile[row * 32 + lane];
       float m[4] = {0.f, 0.f, 0.f, 0.f};
       mma_f16(m, u.x & lo, u.y & hi, u.z & lo, u.w & hi, w.x, w.y);
       for (int e = 0; e < 4; ++e)
@@ -103,14 +124,16 @@ __device__ __noinline__ void adjust_scores(float* s, const SlotContext<Cf> x, co
 // 64 tokens: scores against fragment(s) b, softmax, values. `token` is the slot's first; `half` selects mean rows when a
 // rope block spans two slots; `base` is the first token of the warp's step, whose fragment `fragment` b[0] is.
 template <class Cf>
-__device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext<Cf>& x, const uint8_t* slot,
+__device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParams& p, Scratch<Cf> scratch,
+                                             const uint4* mean_tile, const uint8_t* slot,
                                              const uint32_t (&b)[2][2 * (Cf::GK + 1)], const float2 (&zero)[2], int token,
                                              int half, int base, int fragment) {
   constexpr bool kPaired = Cf::C == 4;         // the two chunks share columns: lanes t < 2 keep the first
   constexpr int kTiles = kPaired ? 2 : 4;      // score tiles of a lane
   constexpr int kTB = Cf::kTileBytes;
   constexpr int kMean = 2 * Cf::GK;
-  const int lane = x.lane, g = lane >> 2, t = lane & 3;
+  const WorkItem* x = scratch.item();
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const bool second = kPaired && t >= 2;
 
   // Scale bytes of this lane's tokens: K rows g, g + 8, V rows g, g + 8.
@@ -141,11 +164,11 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
       float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
       score_tiles<Cf::K, 2>(c, tile, b[0], lane);
       float m[4] = {0.f, 0.f, 0.f, 0.f};
-      const uint4 u = x.mean_tile[(2 * half + i) * 32 + lane];
+      const uint4 u = mean_tile[(2 * half + i) * 32 + lane];
       mma_f16(m, u.x, u.y, u.z, u.w, b[0][kMean], b[0][kMean + 1]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float ks = __uint_as_float(byte[i][e >> 1] * 0x100000u + x.key_exponent);
+        const float ks = __uint_as_float(byte[i][e >> 1] * 0x100000u + x->key_exponent);
         s[i][e] = fmaf(second ? c[1][e] : c[0][e], ks, m[e]);
       }
     } else {
@@ -157,23 +180,23 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float m[4] = {0.f, 0.f, 0.f, 0.f};
-        const uint4 u = x.mean_tile[(Cf::T == 32 ? j : 2 * i + j) * 32 + lane];
+        const uint4 u = mean_tile[(Cf::T == 32 ? j : 2 * i + j) * 32 + lane];
         mma_f16(m, u.x, u.y, u.z, u.w, b[f][kMean], b[f][kMean + 1]);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float ks = __uint_as_float(byte[2 * i + j][e >> 1] * 0x100000u + x.key_exponent);
+          const float ks = __uint_as_float(byte[2 * i + j][e >> 1] * 0x100000u + x->key_exponent);
           s[2 * i + j][e] = fmaf(c[j][e], ks, m[e]);
         }
       }
     }
   });
 
-  const bool edge = token < x.visible_begin || token + Cf::kSecondChunk + 32 > x.visible_end;
-  if (__builtin_expect(has_class || edge || x.p.soft_cap_log2 > 0.f, 0)) {
+  const bool edge = token < x->visible_begin || token + Cf::kSecondChunk + 32 > x->visible_end;
+  if (__builtin_expect(has_class || edge || p.soft_cap_log2 > 0.f, 0)) {
     float rare[4 * kTiles];
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) rare[i] = s[i / 4][i % 4];
-    adjust_scores<Cf>(rare, x, slot, token, half, base, fragment, has_class, edge);
+    adjust_scores<Cf>(rare, p, scratch, mean_tile, slot, token, half, base, fragment, has_class, edge);
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] = rare[i];
   }
@@ -208,79 +231,114 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const SlotContext
   }
 }
 
-// Shared memory of a CTA, in the order of Config::shared_bytes.
-template <class Cf>
-struct SharedMap {
-  uint8_t* base;
-  __device__ uint8_t* image() const { return base; }
-  __device__ uint8_t* mean() const { return base + Cf::kImageBytes; }
-  __device__ uint8_t* scratch(int wg) const { return mean() + Cf::kMeanBytes + wg * Cf::kScratchBytes; }
-  __device__ uint8_t* ring(int warp) const { return scratch(Cf::kWarpgroups) + warp * Cf::kWarpBytes; }
-  __device__ StreamState* state(int warp) const { return reinterpret_cast<StreamState*>(ring(warp) + Cf::kWarpState); }
-  __device__ uint2* odd(int warp) const { return reinterpret_cast<uint2*>(ring(warp) + Cf::kWarpState + 32); }
-  __device__ uint8_t* image_bar() const { return ring(4 * Cf::kWarpgroups); }
+// What a warp remembers between items; in shared memory, so that it does not occupy registers inside one.
+struct Progress {
+  Cut cut;
+  int vh, begin, end, request;
 };
 
-// The latent part of one item: query, steps of absorb + slots, merge of the four warps into `record`. Not inlined, so that
-// nothing else competes for registers; `carried` is the warp's stream. One warpgroup; `r` is in shared memory.
+// Hands the joined record of an item on: straight to the output, or to the partial results, which the last piece of a
+// request to arrive merges. One warpgroup.
 template <class Cf>
-__device__ __noinline__ void attend_latent(const DecodeParams& p, SlotStream<Cf>& carried, const Request* r,
-                                           uint8_t* scratch, const uint4* mean_tile, uint64_t image, int first_granule,
-                                           int last_granule, int head, int column0, const uint8_t* ring) {
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3, warpgroup = thread >> 7;
-  uint4* query = reinterpret_cast<uint4*>(scratch);
-  Softmax<Cf> acc;
-  acc.reset();
-  int left = last_granule - first_granule;
-  if (left > 0) {
-    load_query<Cf>(query, p, *r, head, column0, thread & 127);
+__device__ __noinline__ void finish_item(const DecodeParams& p, Scratch<Cf> scratch, const Progress* at) {
+  const int thread = threadIdx.x & 127, warpgroup = threadIdx.x >> 7;
+  const WorkItem* x = scratch.item();
+  const Request* r = &x->r;
+  float* record = scratch.record();
+  const int vh = at->vh, all = r->unit_end - r->unit_begin;
+  const int mine = min(at->end, r->unit_end) - max(at->begin, r->unit_begin);
+  const int64_t cell = static_cast<int64_t>(at->request) * (p.num_kv_heads * p.column_groups) + vh;
+  if (mine < all) {
+    const int slot = piece_slot<Cf>(p, blockIdx.x, warpgroup, vh, at->begin, r->unit_begin);
+    join_halves<Cf>(record, p.partials + static_cast<int64_t>(slot) * Cf::kRecord, thread);
     warpgroup_barrier(warpgroup);
-    SlotStream<Cf> stream = carried;
-    SlotContext<Cf> x{p, r, mean_tile, query, p.sink_rows + static_cast<int64_t>(head) * (Cf::D / 16) * 32,
-                      p.key_exponent[head], column0, 0, 0, lane};
-    const int last = r->last;
-    x.visible_end = min(last, r->p0 + 1);
-    x.visible_begin = p.sliding_window > 0 ? r->length - p.sliding_window : 0;
-    int n = stream.n;
-    uint32_t parity = stream.parity;
-    int at = r->first + 4 * first_granule * Cf::kGrain;
+    int* flag = scratch.flag();
+    if (thread == 0) {
+      __threadfence();  // with the barrier: everything this warpgroup wrote, before the count
+      const int before = atomicAdd(&p.counters[cell], mine);
+      *flag = before + mine == all;
+      if (*flag) p.counters[cell] = 0;
+      __threadfence();
+    }
+    warpgroup_barrier(warpgroup);
+    if (!*flag) return;
+    merge_pieces<Cf>(record, scratch.list(), flag + 1, p, at->cut, r, vh, warpgroup, thread);
+  } else {
+    join_halves<Cf>(record, nullptr, thread);
+    warpgroup_barrier(warpgroup);
+  }
+  const float* window = r->last < r->length ? p.window_partials + cell * Cf::kRecord : nullptr;
+  write_output<Cf>(record, window, p, r, x->head, x->column0, thread >> 5, thread & 31);
+}
+
+// Next item of this warpgroup in its range; false at the end. Fills the shared work item.
+template <class Cf>
+__device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratch, Progress* at, Item& item) {
+  const int thread = threadIdx.x & 127, warpgroup = threadIdx.x >> 7;
+  const int vh = at->vh, begin = at->begin, end = at->end;
+  int request = at->request;
+  Request r;
+  for (;;) {
+    if (++request >= p.num_requests) return false;
+    r = p.requests[request];
+    if (r.unit_begin >= end) return false;
+    if (r.unit_end > begin && r.unit_end > r.unit_begin) break;
+  }
+  item = Item(r, begin, end, p.window_units, Cf::kGrain);
+  warpgroup_barrier(warpgroup);  // everyone is done with the previous item
+  if (thread % 32 == 0) at->request = request;
+  if (thread == 0) {
+    const int head = vh / p.column_groups;
+    *scratch.item() = WorkItem{r,
+                               head,
+                               vh % p.column_groups * Cf::C,
+                               p.sliding_window > 0 ? r.length - p.sliding_window : 0,
+                               min(r.last, r.p0 + 1),
+                               p.key_exponent[head]};
+  }
+  if (item.first < item.last)
+    load_query<Cf>(scratch.query(), p, r, vh / p.column_groups, vh % p.column_groups * Cf::C, thread);
+  warpgroup_barrier(warpgroup);
+  return true;
+}
+
+// The latent part of one item: steps of absorb + slots.
+template <class Cf>
+__device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& stream, const DecodeParams& p,
+                                              Scratch<Cf> scratch, const uint4* mean_tile, uint64_t image,
+                                              const Item& item, const uint8_t* ring) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+  const int last = scratch.item()->r.last;
+  int left = item.last - item.first, at = scratch.item()->r.first + 4 * item.first * Cf::kGrain;
 #pragma unroll 1
-    for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
-      const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
-      if (base < last) mbarrier_wait(stream.bar(n & 1), parity >> (n & 1) & 1);
-      uint32_t b[2][2 * (Cf::GK + 1)];
-      absorb<Cf>(b, query, ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (n & 1) * Cf::kRopeBytes : 0),
-                 image, lane);
-      float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
-#pragma unroll 1
-      for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
-        const int stage = n & 1;
-        const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
-        if (s / Cf::kGrainSlots < grains && token < last) {
-          mbarrier_wait(stream.bar(stage), parity >> stage & 1);
-          process_slot<Cf>(acc, x, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots, base,
-                           s * 2 / Cf::kSlots);
-        }
-        parity ^= 1u << stage;
-        __syncwarp();
-        stream.issue(p, n + 2, lane);
-        ++n;
-        if (Cf::kSlots > 1 && (s + 1) % ((Cf::kSlots + 1) / 2) == 0) {
+  for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
+    const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
+    if (base < last) mbarrier_wait(stream.bar(stream.n & 1), stream.parity >> (stream.n & 1) & 1);
+    uint32_t b[2][2 * (Cf::GK + 1)];
+    absorb<Cf>(b, scratch.query(),
+               ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
+               lane);
+    float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
+#pragma unroll(Cf::kSlots > 2 ? 1 : 2)
+    for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
+      const int stage = stream.n & 1;
+      const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
+      if (s / Cf::kGrainSlots < grains && token < last) {
+        mbarrier_wait(stream.bar(stage), stream.parity >> stage & 1);
+        process_slot<Cf>(acc, p, scratch, mean_tile, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots,
+                         base, s * 2 / Cf::kSlots);
+      }
+      stream.parity ^= 1u << stage;
+      __syncwarp();
+      stream.issue(p, stream.n + 2, lane);
+      ++stream.n;
+      if (Cf::kSlots > 1 && (s + 1) % ((Cf::kSlots + 1) / 2) == 0) {
 #pragma unroll
-          for (int i = 0; i < 2 * (Cf::GK + 1); ++i) b[0][i] = b[1][i];
-          zero[0] = zero[1];
-        }
+        for (int i = 0; i < 2 * (Cf::GK + 1); ++i) b[0][i] = b[1][i];
+        zero[0] = zero[1];
       }
     }
-    stream.n = n;
-    stream.parity = parity;
-    carried = stream;
   }
-  const Sums sums{{acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
-  const int g = lane >> 2;
-  merge_warps<Cf, Cf::GV, Cf::C == 4>(reinterpret_cast<float*>(scratch),
-                                      reinterpret_cast<float*>(scratch + Cf::kExchange), acc.o, sums,
-                                      [&](int i, int y) { return 16 * i + 8 * y + g; }, warp, warpgroup, lane);
 }
 
 template <class Cf>
@@ -288,17 +346,16 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   extern __shared__ __align__(1024) uint8_t shared[];
   const SharedMap<Cf> map{shared};
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
-  const int wg_thread = thread & 127, wg_warp = warp & 3;
-  const int virtual_heads = p.num_kv_heads * p.column_groups;
   const uint32_t image_bar = shared_u32(map.image_bar());
-
   const uint8_t* ring = map.ring(warp);
-  SlotStream<Cf> stream{shared_u32(ring), 0, 0, map.state(warp), map.odd(warp), {}};
+  const Scratch<Cf> scratch{map.scratch(warpgroup)};
+  SlotStream<Cf> stream{shared_u32(ring), 0, 0, {}};
+  Progress* at = reinterpret_cast<Progress*>(map.ring(warp) + Cf::kWarpState + 32);
+
   if (lane < 2) mbarrier_init(stream.bar(lane), 1);
   if (thread == 0) mbarrier_init(image_bar, 1);
   proxy_fence();
   __syncthreads();
-
   auto load_head = [&](int head) {
     mbarrier_expect(image_bar, Cf::kImageBytes + Cf::kMeanBytes);
     bulk_copy(shared_u32(map.image()), p.key_image + static_cast<int64_t>(head) * Cf::kImageBytes, Cf::kImageBytes,
@@ -306,87 +363,60 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     bulk_copy(shared_u32(map.mean()), p.mean_tile + static_cast<int64_t>(head) * (Cf::kMeanBytes / 16), Cf::kMeanBytes,
               image_bar);
   };
-  // The head of this CTA's first unit does not depend on the schedule: fetch its constants before the wait.
-  int vh = blockIdx.x * virtual_heads / p.num_ctas;
-  int loaded = vh / p.column_groups;
-  uint32_t image_parity = 0;
+  // The head of this CTA's first unit does not depend on the schedule: fetch its constants before anything else. The
+  // window kernel before this one had waited for everything earlier when it let this one start.
+  int loaded = blockIdx.x * p.num_kv_heads * p.column_groups / p.num_ctas / p.column_groups;
+  uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
-  grid_dependency_wait();
-  grid_launch_dependents();
-
-  const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas);
-  uint8_t* scratch = map.scratch(warpgroup);  // the query while scores are computed, then the record
-  float* record = reinterpret_cast<float*>(scratch);
-  uint16_t* list = reinterpret_cast<uint16_t*>(scratch + Cf::kRecordsBytes);
-  float* exchange = reinterpret_cast<float*>(scratch + Cf::kExchange);
-  int* flag = reinterpret_cast<int*>(scratch + Cf::kExchange + 512);
-  Request* current = reinterpret_cast<Request*>(scratch + Cf::kExchange + 576);
-  const uint64_t image = swizzled_descriptor(shared_u32(map.image()));
-  bool image_ready = false;
+  {
+    const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), p.num_kv_heads * p.column_groups, p.num_ctas);
+    if (lane == 0) *at = Progress{cut, static_cast<int>(blockIdx.x * p.num_kv_heads * p.column_groups / p.num_ctas) - 1, 0, 0, 0};
+    __syncwarp();
+  }
 
 #pragma unroll 1
-  for (; vh * cut.units < cut.cta_begin(blockIdx.x + 1); ++vh) {
-    const int head = vh / p.column_groups, column0 = vh % p.column_groups * Cf::C;
+  for (;;) {
+    const Cut cut = at->cut;
+    const int vh = at->vh + 1;
+    if (vh * cut.units >= cut.cta_begin(blockIdx.x + 1)) break;
+    const int head = vh / p.column_groups;
     if (head != loaded) {
-      if (!image_ready) mbarrier_wait(image_bar, image_parity);
+      mbarrier_wait(image_bar, (loads - 1) & 1);
       __syncthreads();
       if (thread == 0) load_head(head);
       loaded = head;
-      image_parity ^= 1;
-      image_ready = false;
+      ++loads;
     }
     int begin, end;
     cut.template part_range<Cf::kWarpgroups>(blockIdx.x, warpgroup, vh, begin, end);
-    if (begin >= end) continue;
-
-    int request = find_request(p.requests, p.num_requests, begin, lane);
-    if (lane == 0) *stream.state = StreamState{head, begin, end, wg_warp, request, 0};
+    const int first = begin < end ? find_request(p.requests, p.num_requests, begin, lane) : p.num_requests;
+    if (lane == 0) {
+      at->vh = vh, at->begin = begin, at->end = end, at->request = first - 1;
+      *stream.state(map.ring(warp)) = StreamState{head, begin, end, warp & 3, first, 0};
+    }
     __syncwarp();
+    if (begin >= end) continue;
     stream.n = 0;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) stream.issue(p, i, lane);
+    Item item;
 #pragma unroll 1
-    for (; request < p.num_requests; ++request) {
-      const Request r = p.requests[request];
-      if (r.unit_begin >= end) break;
-      if (r.unit_end <= begin || r.unit_end == r.unit_begin) continue;
-      const Item item(r, begin, end, p.window_units, Cf::kGrain);
-      const int64_t cell = static_cast<int64_t>(request) * virtual_heads + vh;
-      float* window = r.last < r.length ? p.window_partials + cell * Cf::kRecord : nullptr;
-      warpgroup_barrier(warpgroup);  // the scratch is free
-      if (wg_thread == 0) *current = r;
-      warpgroup_barrier(warpgroup);
-      if (item.has_window) {
-        attend_window<Cf>(window, record, exchange, p, current, request, head, column0, wg_warp, warpgroup, lane);
-        warpgroup_barrier(warpgroup);
-      }
-      if (!image_ready) mbarrier_wait(image_bar, image_parity);
-      image_ready = true;
-      attend_latent<Cf>(p, stream, current, scratch, reinterpret_cast<const uint4*>(map.mean()), image, item.first,
-                        item.last, head, column0, ring);
-      bool finish = true;
-      if (item.units < r.unit_end - r.unit_begin) {  // others hold parts of this request: the last to arrive merges
-        const int slot = piece_slot<Cf>(p, blockIdx.x, warpgroup, vh, begin, r.unit_begin);
-        join_halves<Cf>(record, p.partials + static_cast<int64_t>(slot) * Cf::kRecord, wg_thread);
-        warpgroup_barrier(warpgroup);
-        if (wg_thread == 0) {
-          __threadfence();  // with the barrier: everything this warpgroup wrote, before the count
-          const int before = atomicAdd(&p.counters[cell], item.units);
-          *flag = before + item.units == r.unit_end - r.unit_begin;
-          if (*flag) p.counters[cell] = 0;
-          __threadfence();
-        }
-        warpgroup_barrier(warpgroup);
-        finish = *flag;
-        if (finish) merge_pieces<Cf>(record, list, flag + 1, p, cut, current, vh, warpgroup, wg_thread);
-      } else {
-        join_halves<Cf>(record, nullptr, wg_thread);
-        warpgroup_barrier(warpgroup);
-      }
-      if (finish) write_output<Cf>(record, window, p, current, head, column0, wg_warp, lane);
+    while (next_item<Cf>(p, scratch, at, item)) {
+      mbarrier_wait(image_bar, (loads - 1) & 1);
+      Softmax<Cf> acc;
+      acc.reset();
+      attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_u32(map.image())), item, ring);
+      const Sums sums{
+          {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
+      const int g = lane >> 2;
+      merge_warps<Cf, Cf::GV, Cf::C == 4>(scratch.record(), scratch.exchange(), acc.o, sums,
+                                          [&](int i, int y) { return 16 * i + 8 * y + g; }, warp & 3, warpgroup, lane);
+      finish_item<Cf>(p, scratch, at);
     }
   }
-  if (!image_ready) mbarrier_wait(image_bar, image_parity);  // no copy may outlive the CTA
+  mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA
+  grid_dependency_wait();
+  grid_launch_dependents();
 }
 
 }  // namespace kqsvd::decode

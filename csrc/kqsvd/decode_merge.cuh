@@ -148,83 +148,119 @@ __device__ __noinline__ void merge_pieces(float* record, uint16_t* list, int* co
   }
   warpgroup_barrier(warpgroup);
   const int n = *count;
-  // A thread merges one row; three threads also a row of statistics. Four pieces are in flight at once.
-  constexpr int kAhead = 4;
-  const bool has_row = thread < Cf::kOutRows, has_stat = thread >= 125;
-  float acc[Cf::C], stat[Cf::C], top[Cf::C];
+  // Two rounds of loads: all maxima, then this thread's row of every piece (three threads: also a row of statistics).
+  float* weights = record + Cf::kRecord;  // [piece][C], where there is room; else computed on the fly
+  constexpr int C = Cf::C, kAhead = C == 4 ? 8 : 4, kRoom = Cf::kRecordRows;
+  float top[C];
 #pragma unroll
-  for (int c = 0; c < Cf::C; ++c) acc[c] = stat[c] = 0.f, top[c] = kEmptyMax;
-#pragma unroll 1
-  for (int start = 0; start < n; start += kAhead) {
-    float m[kAhead][Cf::C], x[kAhead][Cf::C], y[kAhead][Cf::C];
+  for (int c = 0; c < C; ++c) top[c] = kEmptyMax;
+  for (int i = thread & 31; i < n; i += 32) {  // every warp for itself
+    const float* m = p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord + (Cf::kOutRows + 3) * C;
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const bool live = start + j < n;
-      const float* piece = p.partials + static_cast<int64_t>(list[live ? start + j : start]) * Cf::kRecord;
-#pragma unroll
-      for (int c = 0; c < Cf::C; c += 4) {
-        float4 a = __ldcg(reinterpret_cast<const float4*>(piece + (Cf::kOutRows + 3) * Cf::C + c));
-        if (!live) a = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
-        *reinterpret_cast<float4*>(m[j] + c) = a;
-        float4 b = make_float4(0.f, 0.f, 0.f, 0.f), d = b;
-        if (live && has_row) b = __ldcg(reinterpret_cast<const float4*>(piece + thread * Cf::C + c));
-        if (live && has_stat)
-          d = __ldcg(reinterpret_cast<const float4*>(piece + (Cf::kOutRows + thread - 125) * Cf::C + c));
-        *reinterpret_cast<float4*>(x[j] + c) = b;
-        *reinterpret_cast<float4*>(y[j] + c) = d;
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < Cf::C; ++c) {
-      float high = top[c];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) high = fmaxf(high, m[j][c]);
-      const float keep = exp2_fast(top[c] - high);
-      acc[c] *= keep, stat[c] *= keep;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const float f = exp2_fast(m[j][c] - high);
-        acc[c] += f * x[j][c], stat[c] += f * y[j][c];
-      }
-      top[c] = high;
+    for (int c = 0; c < C; ++c) {
+      const float x = __ldcg(m + c);
+      top[c] = fmaxf(top[c], x);
+      if (i < kRoom && thread < 32) weights[i * C + c] = x;
     }
   }
 #pragma unroll
-  for (int c = 0; c < Cf::C; ++c) {
-    if (has_row) record[thread * Cf::C + c] = acc[c];
-    if (has_stat) record[(Cf::kOutRows + thread - 125) * Cf::C + c] = stat[c];
-    if (thread == 0) record[(Cf::kOutRows + 3) * Cf::C + c] = top[c];
+  for (int c = 0; c < C; ++c)
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], d));
+  warpgroup_barrier(warpgroup);
+  const int row = min(thread, Cf::kOutRows - 1), stat_row = Cf::kOutRows + max(thread - 125, 0);
+  float acc[C], stat[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) acc[c] = stat[c] = 0.f;
+#pragma unroll 1
+  for (int start = 0; start < n; start += kAhead) {
+    float x[kAhead][C], y[kAhead][C];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const float* piece = p.partials + static_cast<int64_t>(list[min(start + j, n - 1)]) * Cf::kRecord;
+#pragma unroll
+      for (int c = 0; c < C; c += 4) {
+        *reinterpret_cast<float4*>(x[j] + c) = __ldcg(reinterpret_cast<const float4*>(piece + row * C + c));
+        *reinterpret_cast<float4*>(y[j] + c) = __ldcg(reinterpret_cast<const float4*>(piece + stat_row * C + c));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = min(start + j, n - 1);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float m = i < kRoom ? weights[i * C + c]
+                                  : __ldcg(p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord +
+                                           (Cf::kOutRows + 3) * C + c);
+        const float f = start + j < n ? exp2_fast(m - top[c]) : 0.f;
+        acc[c] += f * x[j][c], stat[c] += f * y[j][c];
+      }
+    }
+  }
+  warpgroup_barrier(warpgroup);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (thread < Cf::kOutRows) record[thread * C + c] = acc[c];
+    if (thread >= 125) record[stat_row * C + c] = stat[c];
+    if (thread == 0) record[(Cf::kOutRows + 3) * C + c] = top[c];
   }
   warpgroup_barrier(warpgroup);
 }
 
 // Weights of the latent and the exact part of a column in the normalised output; both 0 where nothing was visible.
 template <class Cf>
-__device__ __forceinline__ float2 part_weights(const float* record, const float* window, int column) {
+__device__ __forceinline__ float2 part_weights(const float* record, int column, float lw, float mw) {
   const float l = record[Cf::kOutRows * Cf::C + column], m = record[(Cf::kOutRows + 3) * Cf::C + column];
-  float lw = 0.f, mw = kEmptyMax;
-  if (window) {
-    lw = __ldcg(window + Cf::kOutRows * Cf::C + column);
-    mw = __ldcg(window + (Cf::kOutRows + 3) * Cf::C + column);
-  }
   const float top = fmaxf(m, mw), f = exp2_fast(m - top), fw = exp2_fast(mw - top);
   const float sum = f * l + fw * lw, inverse = sum > 0.f ? 1.f / sum : 0.f;
   return make_float2(f * inverse, fw * inverse);
 }
 
 // out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
+// `window`: record of the exact part in global memory, or null. Everything it reads there is asked for at once, first.
 template <class Cf>
 __device__ __noinline__ void write_output(const float* record, const float* window, const DecodeParams& p,
                                           const Request* at_work, int head, int column0, int warp, int lane) {
-  const Request r = *at_work;
-  constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
+  constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV, kMine = (D / 16 + 3) / 4;  // 16-row tiles of a warp
   const int g = lane >> 2, t = lane & 3;
+  const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16)) * GV * 32 + lane;
+  const float* mean = p.value_mean + head * 2 * D;
+  uint4 a[kMine][GV];
+  float mean_at[kMine][2], sink_at[kMine][2], exact[kMine][4];
+  float stat[2][3];  // of the exact part: sum and maximum of columns g, 2t, 2t + 1
+  const int columns[3] = {g % C, 2 * t % C, (2 * t + 1) % C};
+#pragma unroll
+  for (int k = 0; k < kMine; ++k) {
+    const int tile = min(warp + 4 * k, D / 16 - 1);
+#pragma unroll
+    for (int i = 0; i < GV; ++i) a[k][i] = basis[(tile * GV + i) * 32];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      const int dim = 16 * tile + g + 8 * y;
+      mean_at[k][y] = mean[dim];
+      sink_at[k][y] = mean[D + dim];
+    }
+  }
+  const float factor = p.value_factor[head];
+  grid_dependency_wait();  // for the window kernel's results
+#pragma unroll
+  for (int k = 0; k < kMine; ++k)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int dim = 16 * min(warp + 4 * k, D / 16 - 1) + g + 8 * (e >> 1);
+      exact[k][e] = window ? __ldcg(window + dim * C + (2 * t + (e & 1)) % C) : 0.f;
+    }
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    stat[0][i] = window ? __ldcg(window + Cf::kOutRows * C + columns[i]) : 0.f;
+    stat[1][i] = window ? __ldcg(window + (Cf::kOutRows + 3) * C + columns[i]) : kEmptyMax;
+  }
+  const Request r = *at_work;
+
   uint32_t b[GV][2];
   {
-    const bool live = g < C;
-    const int column = live ? g : 0;
-    const float weight = live ? part_weights<Cf>(record, window, column).x : 0.f;
-    const float ps = record[(Cf::kOutRows + 1) * C + column];
+    const float weight = g < C ? part_weights<Cf>(record, columns[0], stat[0][0], stat[1][0]).x : 0.f;
+    const float ps = record[(Cf::kOutRows + 1) * C + columns[0]];
     static_for<GV>([&](auto ig) {
       constexpr int group = ig;
       constexpr float unit = static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 0, false)));
@@ -233,7 +269,7 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int channel = 16 * group + 2 * t + (i & 1) + 8 * (i >> 1);
-        x[i] = (record[channel * C + column] * unit - zero * ps) * weight;
+        x[i] = (record[channel * C + columns[0]] * unit - zero * ps) * weight;
       }
       b[group][0] = pack_f16(x[0], x[1]);
       b[group][1] = pack_f16(x[2], x[3]);
@@ -241,37 +277,29 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
   }
   float2 weight[2];
   float mean_sum[2], sink_sum[2];
-  int64_t at[2];
-  bool live[2];
+  uint16_t* to[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int column = (2 * t + c) % C, global = column0 + column, row = global / p.heads_per_kv;
-    weight[c] = part_weights<Cf>(record, window, column);
+    const int column = columns[1 + c], global = column0 + column, row = global / p.heads_per_kv;
+    weight[c] = part_weights<Cf>(record, column, stat[0][1 + c], stat[1][1 + c]);
     mean_sum[c] = record[Cf::kOutRows * C + column] * weight[c].x;
     sink_sum[c] = record[(Cf::kOutRows + 2) * C + column] * weight[c].x;
-    live[c] = 2 * t + c < C && row < r.num_rows;
-    at[c] = (r.row + row) * p.out_token_stride +
+    to[c] = static_cast<uint16_t*>(p.out) + (r.row + row) * p.out_token_stride +
             (head * p.heads_per_kv + global % p.heads_per_kv) * p.out_head_stride;
+    if (2 * t + c >= C || row >= r.num_rows) to[c] = nullptr;
   }
-  const float factor = p.value_factor[head];
-  const float* mean = p.value_mean + head * 2 * D;
-#pragma unroll 1
-  for (int tile = warp; tile < D / 16; tile += 4) {
-    const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16) + tile) * GV * 32 + lane;
+#pragma unroll
+  for (int k = 0; k < kMine; ++k) {
     float o[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < GV; ++i) {
-      const uint4 a = basis[i * 32];
-      mma_f16(o, a.x, a.y, a.z, a.w, b[i][0], b[i][1]);
-    }
+    for (int i = 0; i < GV; ++i) mma_f16(o, a[k][i].x, a[k][i].y, a[k][i].z, a[k][i].w, b[i][0], b[i][1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int dim = 16 * tile + g + 8 * (e >> 1), c = e & 1;
-      if (!live[c]) continue;
-      float x = o[e] * factor + mean_sum[c] * mean[dim] + sink_sum[c] * mean[D + dim];
-      if (window) x += weight[c].y * __ldcg(window + dim * C + (2 * t + c) % C);
-      uint16_t bits = p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
-      static_cast<uint16_t*>(p.out)[at[c] + dim] = bits;
+      const int tile = warp + 4 * k, y = e >> 1, c = e & 1;
+      const float x = o[e] * factor + mean_sum[c] * mean_at[k][y] + sink_sum[c] * sink_at[k][y] + weight[c].y * exact[k][e];
+      if (tile < D / 16 && to[c])
+        to[c][16 * tile + g + 8 * y] =
+            p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
     }
   }
 }

@@ -13,16 +13,14 @@ namespace kqsvd::decode {
 // The part of a request that lies in a warpgroup's range [begin, end) of units.
 struct Item {
   int first, last;    // granules (of four grains) of the latent part
-  bool has_window;    // this range owns the exact part
   int units;          // of the request in this range
 
+  Item() = default;
   __device__ Item(const Request& r, int begin, int end, int window_units, int grain) {
     const int lo = max(begin, r.unit_begin) - r.unit_begin, hi = min(end, r.unit_end) - r.unit_begin;
-    const int window = r.last < r.length ? window_units : 0;
     const int granules = (r.last - r.first + 4 * grain - 1) / (4 * grain);
-    first = min(max(lo - window, 0), granules);
-    last = min(max(hi - window, 0), granules);
-    has_window = window > 0 && lo == 0 && hi > 0;
+    first = min(max(lo - window_units, 0), granules);
+    last = min(max(hi - window_units, 0), granules);
     units = hi - lo;
   }
 };
@@ -123,16 +121,18 @@ struct SlotStream {
   uint32_t ring;    // shared address; rope rows, barriers follow (Config::kWarpBytes)
   int n;            // slots consumed
   uint32_t parity;  // of the two stages' barriers
-  StreamState* state;
-  uint2* odd;
-  Slot slot;  // this lane's
+  Slot slot;        // this lane's
 
   __device__ uint32_t rope() const { return ring + Cf::kStages * Cf::kSlotBytes; }
   __device__ uint32_t bar(int stage) const { return rope() + Cf::kRopeStages * Cf::kRopeBytes + stage * 8; }
 
+  static __device__ StreamState* state(uint8_t* ring) { return reinterpret_cast<StreamState*>(ring + Cf::kWarpState); }
+  static __device__ uint2* odd(uint8_t* ring) { return reinterpret_cast<uint2*>(ring + Cf::kWarpState + 96); }
+  __device__ uint8_t* generic() const { return static_cast<uint8_t*>(__cvta_shared_to_generic(ring)); }
+
   // Starts the copies of stream slot n (collective over the warp); slots are issued in order from 0.
   __device__ __forceinline__ void issue(const DecodeParams& p, int n, int lane) {
-    if (n % 32 == 0) slot = lay_out<Cf>(p, *state, odd, lane);
+    if (n % 32 == 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
     if (lane == n % 32 && slot.tiles >= 0) {
       const int stage = n & 1;
       const uint32_t done = bar(stage), to = ring + stage * Cf::kSlotBytes;
@@ -145,7 +145,7 @@ struct SlotStream {
       if (Cf::kSecondChunk == 32 && p.block_size % 64 == 0) {
         if (bytes) bulk_copy(to, from, bytes, done);
       } else {
-        issue_chunks<Cf>(p, slot, odd + lane, to, done);
+        issue_chunks<Cf>(p, slot, odd(generic()) + lane, to, done);
       }
     }
     __syncwarp();

@@ -130,9 +130,7 @@ class CudaDecode:
         instance, _, _ = self.instance(max_query_len)
         s = self.shape
         window = s.window if has_window else 0
-        grain = 128 if instance.columns == 4 and instance.rope_block == 64 else 64
-        unit = _UNIT_GRAINS * grain * self.codec.plan.bytes_per_token
-        units = max(1, round((window + 8) * 4 * s.head_dim / unit))  # an exact token is 4 head_dim bytes
+        units = 0
         return ScheduleKind(instance, window, units, s.sliding_window)
 
     def schedule(self, step: Step, has_window: bool) -> tuple[ScheduleKind, torch.Tensor]:
