@@ -143,7 +143,8 @@ def allocate(tables: Sequence[tuple[Table, Table]], total_bytes: int, max_plans:
     distinct = list(dict.fromkeys(plan for _, plan in own))
     if len(distinct) <= max_plans:
         return [plan for _, plan in own]
-    pooled = best_layer_plan(*(np.sum([t[s] for t in tables], axis=0) for s in (0, 1)), total_bytes)[1]
+    pooled_k, pooled_v = (np.sum([t[s] for t in tables], axis=0) for s in (0, 1))
+    pooled = best_layer_plan(pooled_k, pooled_v, total_bytes)[1]
     candidates = list(dict.fromkeys([pooled, *distinct]))
     cost = np.array([[layer_loss(p, k, v) for p in candidates] for k, v in tables])
     chosen = [int(cost.sum(0).argmin())]

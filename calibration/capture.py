@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -114,7 +114,7 @@ def _differentiable(call: AttentionCall) -> torch.Tensor:
     return out.to(call.q.dtype).transpose(0, 1)[None]
 
 
-def load_model(folder: str, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def load_model(folder: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a Hugging Face folder with the capturing attention, frozen, in eval mode."""
     AttentionInterface.register(ATTENTION, _capture)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -122,4 +122,5 @@ def load_model(folder: str, device: torch.device | str, dtype: torch.dtype) -> n
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     except (OSError, ValueError, KeyError) as e:
         raise CalibrationError(f"cannot load a causal language model from {folder}: {e}") from e
-    return model.to(device).eval().requires_grad_(False)
+    model = nn.Module.to(model, device)
+    return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from vllm_kqsvd.calibration.capture import AttentionCall, observe, observe_gradients
 from vllm_kqsvd.calibration.corpus import Corpus
@@ -58,7 +59,9 @@ def draw_labels(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
 class Collector:
     """Feeds windows of text through a model and adds up statistics; one step is one window."""
 
-    def __init__(self, model: nn.Module, layers: list[LayerInfo], corpus: Corpus, options: CollectOptions) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: list[LayerInfo], corpus: Corpus, options: CollectOptions
+    ) -> None:
         self.model, self.layers, self.corpus, self.options = model, layers, corpus, options
         self.device = next(model.parameters()).device
         self._layer_of = {id(layer.module): layer for layer in layers}
@@ -74,7 +77,7 @@ class Collector:
         for i in range(min(PILOT_TEXTS, max(4, self.options.num_windows))):
             seen: list[dict[str, torch.Tensor]] = []
             length = min(PILOT_LENGTH, self.options.window_length)
-            self._forward(self.corpus.window(i)[:length], lambda call, seen=seen: seen.append(self._raw(call)))
+            self._forward(self.corpus.window(i)[:length], self._recorder(seen))
             texts.append(seen)
         out = []
         for n, layer in enumerate(self.layers):
@@ -103,6 +106,9 @@ class Collector:
     def _forward(self, ids: list[int], observer: Callable[[AttentionCall], None]) -> None:
         with torch.no_grad(), observe(observer):
             self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+
+    def _recorder(self, seen: list[dict[str, torch.Tensor]]) -> Callable[[AttentionCall], None]:
+        return lambda call: seen.append(self._raw(call))
 
     def _raw(self, call: AttentionCall) -> dict[str, torch.Tensor]:
         """Key before RoPE and value as [T, H, d]."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from vllm_kqsvd.calibration.capture import AttentionCall, observe
 from vllm_kqsvd.errors import UnsupportedError
@@ -57,7 +58,7 @@ class LayerInfo:
         return weight.detach().double().cpu().reshape(self.num_kv_heads, self.head_dim, -1)
 
 
-def _rope_candidates(model: nn.Module) -> list[RopeSpec]:
+def _rope_candidates(model: PreTrainedModel) -> list[RopeSpec]:
     """No RoPE, and every distinct `inv_freq` buffer of the model in both pairings."""
     found: list[torch.Tensor] = []
     for name, buffer in model.named_buffers():
@@ -74,7 +75,7 @@ def _spread(k: torch.Tensor, rope: RopeSpec) -> float:
 
 
 @torch.no_grad()
-def probe(model: nn.Module) -> list[LayerInfo]:
+def probe(model: PreTrainedModel) -> list[LayerInfo]:
     """Every attention layer in the order it runs. Raises UnsupportedError if a layer's rotation is not understood."""
     kind = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
     if kind in ("dynamic", "longrope"):

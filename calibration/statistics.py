@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,7 @@ class LayerStatistics:
     """Sums of one layer. `prototypes` decide each token's class; `device` holds the sums."""
 
     def __init__(self, heads: int, dim: int, prototypes: dict[str, Prototypes], device: torch.device | str) -> None:
-        f64 = {"dtype": torch.float64, "device": device}
+        f64: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.prototypes = {s: p.to(device) for s, p in prototypes.items()}
         self.sums: dict[str, torch.Tensor] = {
             "q_count": torch.zeros((), **f64),
