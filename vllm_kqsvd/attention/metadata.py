@@ -127,3 +127,8 @@ def _longest_decode(common: CommonAttentionMetadata, decodes: int, threshold: in
         return common.max_query_len
     starts = common.query_start_loc_cpu[: decodes + 1]
     return int((starts[1:] - starts[:-1]).max()) if decodes else 1
+
+
+def _longest(query_start_loc_cpu: torch.Tensor, decodes: int) -> int:
+    """Most rows of any of the leading `decodes` requests (host arithmetic): prompts beside them do not count."""
+    return int(query_start_loc_cpu[: decodes + 1].diff().max()) if decodes else 1

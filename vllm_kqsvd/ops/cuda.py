@@ -67,6 +67,10 @@ class CudaOps(LayerOps):
 
         self._decode = CudaDecode(self.codec, self.shape, self.device)
 
+    def reserve(self, max_requests: int, max_position: int) -> None:
+        """See LayerOps.reserve."""
+        self._decode.reserve(max_requests, max_position, self.max_decode_len)
+
     def plan_step(self, step: Step) -> CudaPlan:
         """Schedules of one step, shared by all layers; no host sync (none but a copy to the device for prefill)."""
         plan = CudaPlan(plan_prefill(step, self.shape.window, self.prefill.capacity))

@@ -41,6 +41,7 @@ class DecodeWorkspace:
     window_partials: torch.Tensor = field(init=False)
     counters: torch.Tensor = field(init=False)
     requests: dict[ScheduleKind, torch.Tensor] = field(default_factory=dict)
+    rope_tables: dict[tuple[object, ...], tuple[int, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.partials = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -94,24 +95,44 @@ def why_unsupported(codec: LayerCodec, shape: LayerShape) -> str | None:
 class CudaDecode:
     """The decode kernel of one layer. Raises UnsupportedError where none is compiled for it."""
 
-    def __init__(
-        self, codec: LayerCodec, shape: LayerShape, device: torch.device, max_position: int = 1 << 18
-    ) -> None:
+    def __init__(self, codec: LayerCodec, shape: LayerShape, device: torch.device, max_position: int = 1 << 18) -> None:
         if why := why_unsupported(codec, shape):
             raise UnsupportedError(why)
         self.codec, self.shape, self.device = codec, shape, device
         self.constants = build_constants(codec, shape.scale, device)
-        self.max_position = 0
-        self._cover(max_position)
         self.heads_per_kv = shape.num_heads // shape.num_kv_heads
         self.workspace = workspace_of(device)
+        self._cover(max_position)
         self._instances: dict[int, tuple[Instance, int, int]] = {}
 
     def _cover(self, max_position: int) -> None:
-        """Make the table of block starts reach `max_position`."""
+        """Make the table of block starts, shared by layers of equal rotation, reach `max_position`."""
+        rope = self.codec.rope
+        key = (tuple(rope.inv_freq.tolist()), rope.interleaved, self.codec.rope_block, self.codec.head_dim)
+        found = self.workspace.rope_tables.get(key)
+        if found is None or found[0] < max_position:
+            found = (max_position, rope_words(self.codec, max_position, self.device))
+            self.workspace.rope_tables[key] = found
+        self.max_position, self.rope_table = found
+
+    def reserve(self, max_requests: int, max_position: int, max_query_len: int) -> None:
+        """Allocate what any step needs; graphs captured afterwards hold addresses that never change."""
         if max_position > self.max_position:
-            self.rope_table = rope_words(self.codec, max_position, self.device)
-            self.max_position = max_position
+            self._cover(max_position)
+        for q_len in (1, max_query_len):
+            self._reserve(max_requests, q_len)
+            for has_window in (False, True):
+                self.workspace.request_table(self.kind(q_len, has_window), max_requests)
+
+    def _reserve(self, num_requests: int, max_query_len: int) -> int:
+        """Scratch for a step; returns the query column groups of a KV head."""
+        instance, record, parts = self.instance(max_query_len)
+        groups = -(-self.heads_per_kv * max_query_len // instance.columns)
+        heads = self.shape.num_kv_heads * groups
+        phases = -(-heads // torch.cuda.get_device_properties(self.device).multi_processor_count) + 1
+        cells = num_requests * heads
+        self.workspace.reserve(_MAX_CTAS * parts * phases * 2 * record, cells * record, cells)
+        return groups
 
     def instance(self, max_query_len: int) -> tuple[Instance, int, int]:
         """(kernel, floats of a partial result, warpgroups per CTA) for requests of up to this many rows."""
@@ -159,14 +180,10 @@ class CudaDecode:
         out: torch.Tensor,
     ) -> None:
         """Attention of the step's leading `num_decodes` requests: query, out [N, Hq, d]; `requests` from `schedule`."""
-        self._cover(step.max_seq_len)
+        if step.max_seq_len > self.max_position:
+            self._cover(step.max_seq_len)
         kind = self.kind(step.max_decode_len, window_pages is not None)
-        instance, record, parts = self.instance(step.max_decode_len)
-        groups = -(-self.heads_per_kv * step.max_decode_len // instance.columns)
-        heads = self.shape.num_kv_heads * groups
-        phases = -(-heads // torch.cuda.get_device_properties(self.device).multi_processor_count) + 1
-        cells = step.num_decodes * heads
-        self.workspace.reserve(_MAX_CTAS * parts * phases * 2 * record, cells * record, cells)
+        groups = self._reserve(step.num_decodes, step.max_decode_len)
         c, s = self.constants, self.shape
         torch.ops.kqsvd.decode(
             query,
@@ -187,7 +204,7 @@ class CudaDecode:
             self.workspace.partials,
             self.workspace.window_partials,
             self.workspace.counters,
-            instance.key,
+            kind.instance.key,
             step.num_decodes,
             s.block_size,
             groups,

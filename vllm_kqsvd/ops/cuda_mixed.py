@@ -49,6 +49,10 @@ class MixedOps(CudaOps):
             raise UnsupportedError(f"implementation {self.name!r} asked for, but not possible: {why}")
         self._triton = TritonOps(self.codec, self.shape)
 
+    def reserve(self, max_requests: int, max_position: int) -> None:
+        """Triton's scratch, if it knows how to be asked for."""
+        self._triton.reserve(max_requests, max_position)
+
     def plan_step(self, step: Step) -> CudaPlan:
         """Prefill segments alone: Triton's decode needs no schedule."""
         return CudaPlan(plan_prefill(step, self.shape.window, self.prefill.capacity))
