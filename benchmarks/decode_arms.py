@@ -129,7 +129,8 @@ class FlashArm(Arm):
         dtype = torch.float8_e4m3fn if self.fp8 else torch.bfloat16
         batch = len(shape.lengths)
         block_table, blocks = random_table(shape, 16)
-        query = torch.randn(batch * shape.query_len, shape.num_heads, shape.head_dim, device=DEVICE).bfloat16().to(dtype)
+        query = torch.randn(batch * shape.query_len, shape.num_heads, shape.head_dim, device=DEVICE)
+        query = query.bfloat16().to(dtype)
         out = torch.empty(query.shape, device=DEVICE, dtype=torch.bfloat16)
         starts = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * shape.query_len
         lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one decode attention call per layer, beside what vLLM ships: python benchmarks/decode_attention.py --help.
 
-Every arm runs in the same process on the same shapes: CUDA graphs over enough distinct layer caches to miss L2, median of
-the replays. Ours includes everything: schedule (once per step, so once per graph), exact window, merge, value basis.
+Every arm runs in the same process on the same shapes: CUDA graphs over enough distinct layer caches to miss L2, median
+of the replays. Ours includes everything: schedule (once per step, so once per graph), exact window, merge, value basis.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shape:
 
 
 def parse_size(text: str, **heads: int) -> Shape:
-    """"64x8k" or "64xlognormal" (mean 8k, sigma 0.8, seed 0)."""
+    """ "64x8k" or "64xlognormal" (mean 8k, sigma 0.8, seed 0)."""
     batch, context = text.split("x", 1)
     if context == "lognormal":
         gen = torch.Generator().manual_seed(0)

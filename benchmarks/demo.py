@@ -125,9 +125,9 @@ def print_summary(summary: dict, report: str, streamed: str) -> None:
 {report}
 
 SmolLM2-135M-Instruct (dequantized from GGUF), {KV_BYTES >> 20} MiB of KV cache
-  KV tokens          {summary["kv_tokens"]:,} with the plugin, {summary["kv_tokens_bf16"]:,} without, as vLLM reports them
+  KV tokens          {summary["kv_tokens"]:,} with the plugin, {summary["kv_tokens_bf16"]:,} without, vLLM's own count
   compression ratio  {summary["compression_ratio"]:.2f} (codes, scales, exact windows and padding counted)
-  KL                 {summary["kl"]:.4f} nats per token against the uncompressed cache, held-out text, {CONTEXT} tokens
+  KL                 {summary["kl"]:.4f} nats per token against the uncompressed cache on held-out text
   perplexity         {summary["perplexity"]:.3f}, uncompressed {summary["perplexity_bf16"]:.3f} ({change:+.2%})
   asked              {QUESTION}
   reply              {summary["reply"]}

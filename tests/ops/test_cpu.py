@@ -11,10 +11,10 @@ from vllm_kqsvd.ops import LayerShape, Step, make_layer_ops
 from vllm_kqsvd.plan import LayerPlan
 
 CASES = {
-    "page": dict(rope_block=32),
-    "pre": dict(rope_block=1),
-    "post": dict(rope_block=0),
-    "partial-interleaved": dict(rope_block=64, rotary_dim=32, interleaved=True),
+    "page": {"rope_block": 32},
+    "pre": {"rope_block": 1},
+    "post": {"rope_block": 0},
+    "partial-interleaved": {"rope_block": 64, "rotary_dim": 32, "interleaved": True},
 }
 
 

@@ -86,8 +86,8 @@ def why_unsupported(codec: LayerCodec, shape: LayerShape) -> str | None:
     if find_instance(codec.plan, shape.head_dim, 8, codec.rope_block) is None:
         plan = (codec.plan.k.to_json(), codec.plan.v.to_json())
         return (
-            f"bit plan {plan} with head_dim {shape.head_dim} asked for; the CUDA decode kernel is compiled for the plans "
-            f"of vllm_kqsvd/plan_catalog.py; use one of them when calibrating, or the Triton kernels"
+            f"bit plan {plan} with head_dim {shape.head_dim} asked for; the CUDA decode kernel is compiled for the "
+            f"plans of vllm_kqsvd/plan_catalog.py; use one of them when calibrating, or the Triton kernels"
         )
     return None
 
