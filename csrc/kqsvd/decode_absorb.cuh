@@ -28,11 +28,12 @@ __device__ __forceinline__ void load_query(uint4* query, const DecodeParams& p, 
                                            int thread) {
   for (int i = thread; i < Cf::D; i += 128) {
     const int k = i >> 5, lane = i & 31;
-    const int column = column0 + (lane >> 2) % Cf::C, row = column / p.heads_per_kv;
+    int row = 0, query_head = column0 + (lane >> 2) % Cf::C;  // column = row * heads_per_kv + query_head
+    for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
     uint32_t q[4] = {0, 0, 0, 0}, x[4] = {0, 0, 0, 0};
     if (row < r.num_rows) {
       const int64_t at = (r.row + row) * p.query_token_stride +
-                         (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride;
+                         (head * p.heads_per_kv + query_head) * p.query_head_stride;
       const int plane = 16 * k + 4 * (lane & 3);
       alignas(8) uint16_t re[4], im[4];
       if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half

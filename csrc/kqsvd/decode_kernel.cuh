@@ -249,7 +249,7 @@ __device__ __noinline__ void finish_item(const DecodeParams& p, Scratch<Cf> scra
   const int mine = min(at->end, r->unit_end) - max(at->begin, r->unit_begin);
   const int64_t cell = static_cast<int64_t>(at->request) * (p.num_kv_heads * p.column_groups) + vh;
   if (mine < all) {
-    const int slot = piece_slot<Cf>(p, blockIdx.x, warpgroup, vh, at->begin, r->unit_begin);
+    const int slot = piece_slot<Cf>(at->cut, p.max_phases, blockIdx.x, warpgroup, vh, at->begin, r->unit_begin);
     join_halves<Cf>(record, p.partials + static_cast<int64_t>(slot) * Cf::kRecord, thread);
     warpgroup_barrier(warpgroup);
     int* flag = scratch.flag();
@@ -365,20 +365,21 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   };
   // The head of this CTA's first unit does not depend on the schedule: fetch its constants before anything else. The
   // window kernel before this one had waited for everything earlier when it let this one start.
-  int loaded = blockIdx.x * p.num_kv_heads * p.column_groups / p.num_ctas / p.column_groups;
+  const int virtual_heads = p.num_kv_heads * p.column_groups;
+  int loaded = blockIdx.x * virtual_heads / p.num_ctas / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
-  {
-    const Cut cut(__ldcg(&p.requests[p.num_requests].unit_begin), p.num_kv_heads * p.column_groups, p.num_ctas);
-    if (lane == 0) *at = Progress{cut, static_cast<int>(blockIdx.x * p.num_kv_heads * p.column_groups / p.num_ctas) - 1, 0, 0, 0};
-    __syncwarp();
+  if (lane == 0) {
+    const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
+    *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0};
   }
+  __syncwarp();
 
 #pragma unroll 1
   for (;;) {
     const Cut cut = at->cut;
     const int vh = at->vh + 1;
-    if (vh * cut.units >= cut.cta_begin(blockIdx.x + 1)) break;
+    if (vh > cut.last_head(blockIdx.x)) break;
     const int head = vh / p.column_groups;
     if (head != loaded) {
       mbarrier_wait(image_bar, (loads - 1) & 1);

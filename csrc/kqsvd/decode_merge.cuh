@@ -115,95 +115,108 @@ __device__ __forceinline__ void join_halves(float* record, float* target, int th
 
 // Where the result of a piece goes: at most two requests of a head are cut by a warpgroup's range, one at each end.
 template <class Cf>
-__device__ __forceinline__ int piece_slot(const DecodeParams& p, int cta, int part, int head, int begin,
+__device__ __forceinline__ int piece_slot(const Cut& cut, int max_phases, int cta, int part, int head, int begin,
                                           int unit_begin) {
-  const int first_head = cta * p.num_kv_heads * p.column_groups / p.num_ctas;
-  return ((cta * Cf::kWarpgroups + part) * p.max_phases + head - first_head) * 2 + (begin > unit_begin ? 0 : 1);
+  return ((cta * Cf::kWarpgroups + part) * max_phases + head - cut.first_head(cta)) * 2 + (begin > unit_begin ? 0 : 1);
 }
 
 // Merges all pieces of a request into `record`, in the order of its positions. `list` is shared scratch.
 template <class Cf>
 __device__ __noinline__ void merge_pieces(float* record, uint16_t* list, int* count, const DecodeParams& p,
-                                             const Cut& cut, const Request* at_work, int head, int warpgroup, int thread) {
-  const Request r = *at_work;
+                                          const Cut& cut, const Request* at_work, int head, int warpgroup, int thread) {
+  constexpr int C = Cf::C, parts = Cf::kWarpgroups, kRoom = Cf::kRecordRows;
+  float* weights = record + Cf::kRecord;  // [piece][C]
+  const int unit_begin = at_work->unit_begin, unit_end = at_work->unit_end;
   if (thread < 32) {
-    const int c0 = cut.cta_of(head * cut.units + r.unit_begin), c1 = cut.cta_of(head * cut.units + r.unit_end - 1);
-    constexpr int parts = Cf::kWarpgroups;
-    int n = 0;
+    int c0, c1, n = 0;
+    cut.ctas_of(head, c0, c1);
+#pragma unroll 1
     for (int i = thread; i - thread < (c1 - c0 + 1) * parts; i += 32) {
       const int cta = c0 + i / parts, part = i % parts;
-      bool hit = false;
-      int slot = 0;
-      if (cta <= c1) {
-        int begin, end;
-        cut.part_range<parts>(cta, part, head, begin, end);
-        hit = max(begin, r.unit_begin) < min(end, r.unit_end);
-        slot = piece_slot<Cf>(p, cta, part, head, begin, r.unit_begin);
-      }
+      int begin = 0, end = 0;
+      if (cta <= c1) cut.part_range<parts>(cta, part, head, begin, end);
+      const bool hit = max(begin, unit_begin) < min(end, unit_end);
       const unsigned hits = __ballot_sync(~0u, hit);
-      if (hit) list[n + __popc(hits & ((1u << thread) - 1u))] = static_cast<uint16_t>(slot);
+      if (hit)
+        list[n + __popc(hits & ((1u << thread) - 1u))] =
+            static_cast<uint16_t>(piece_slot<Cf>(cut, p.max_phases, cta, part, head, begin, unit_begin));
       n += __popc(hits);
     }
     if (thread == 0) *count = n;
   }
   warpgroup_barrier(warpgroup);
   const int n = *count;
-  // Two rounds of loads: all maxima, then this thread's row of every piece (three threads: also a row of statistics).
-  float* weights = record + Cf::kRecord;  // [piece][C], where there is room; else computed on the fly
-  constexpr int C = Cf::C, kAhead = C == 4 ? 8 : 4, kRoom = Cf::kRecordRows;
-  float top[C];
+  const int row = min(thread, Cf::kOutRows - 1), stat = Cf::kOutRows * C + thread % (3 * C);
+  float top[C], acc[C], sum = 0.f;
 #pragma unroll
-  for (int c = 0; c < C; ++c) top[c] = kEmptyMax;
-  for (int i = thread & 31; i < n; i += 32) {  // every warp for itself
-    const float* m = p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord + (Cf::kOutRows + 3) * C;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const float x = __ldcg(m + c);
-      top[c] = fmaxf(top[c], x);
-      if (i < kRoom && thread < 32) weights[i * C + c] = x;
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < C; ++c)
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], d));
-  warpgroup_barrier(warpgroup);
-  const int row = min(thread, Cf::kOutRows - 1), stat_row = Cf::kOutRows + max(thread - 125, 0);
-  float acc[C], stat[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) acc[c] = stat[c] = 0.f;
+  for (int c = 0; c < C; ++c) acc[c] = 0.f, top[c] = kEmptyMax;
 #pragma unroll 1
-  for (int start = 0; start < n; start += kAhead) {
-    float x[kAhead][C], y[kAhead][C];
+  for (int start = 0; start < n; start += kRoom) {  // one pass unless a request is cut into more than kRoom pieces
+    const int stop = min(n, start + kRoom);
+    float high[C];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const float* piece = p.partials + static_cast<int64_t>(list[min(start + j, n - 1)]) * Cf::kRecord;
+    for (int c = 0; c < C; ++c) high[c] = top[c];
+#pragma unroll 1
+    for (int i = start + thread % 32; i < stop; i += 32) {  // every warp for itself
+      const float* m = p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord + (Cf::kOutRows + 3) * C;
 #pragma unroll
       for (int c = 0; c < C; c += 4) {
-        *reinterpret_cast<float4*>(x[j] + c) = __ldcg(reinterpret_cast<const float4*>(piece + row * C + c));
-        *reinterpret_cast<float4*>(y[j] + c) = __ldcg(reinterpret_cast<const float4*>(piece + stat_row * C + c));
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(m + c));
+        high[c] = fmaxf(high[c], x.x), high[c + 1] = fmaxf(high[c + 1], x.y);
+        high[c + 2] = fmaxf(high[c + 2], x.z), high[c + 3] = fmaxf(high[c + 3], x.w);
+        if (thread < 32) *reinterpret_cast<float4*>(weights + (i - start) * C + c) = x;
       }
     }
+    float keep[C];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = min(start + j, n - 1);
+    for (int c = 0; c < C; ++c) {
+      high[c] = fmaxf(high[c], __shfl_xor_sync(~0u, high[c], 16));
+      high[c] = fmaxf(high[c], __shfl_xor_sync(~0u, high[c], 8));
+      high[c] = fmaxf(high[c], __shfl_xor_sync(~0u, high[c], 4));
+      high[c] = fmaxf(high[c], __shfl_xor_sync(~0u, high[c], 2));
+      high[c] = fmaxf(high[c], __shfl_xor_sync(~0u, high[c], 1));
+      keep[c] = exp2_fast(top[c] - high[c]);
+      acc[c] *= keep[c];
+      top[c] = high[c];
+      if (thread % C == c) sum *= keep[c];
+    }
+    warpgroup_barrier(warpgroup);
+    float mine = high[0];
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const float m = i < kRoom ? weights[i * C + c]
-                                  : __ldcg(p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord +
-                                           (Cf::kOutRows + 3) * C + c);
-        const float f = start + j < n ? exp2_fast(m - top[c]) : 0.f;
-        acc[c] += f * x[j][c], stat[c] += f * y[j][c];
+    for (int c = 1; c < C; ++c)
+      if (thread % C == c) mine = high[c];
+#pragma unroll 1
+    for (int i = thread; i < (stop - start) * C; i += 128) weights[i] = exp2_fast(weights[i] - mine);
+    warpgroup_barrier(warpgroup);
+    constexpr int kAhead = 8;
+#pragma unroll 1
+    for (int i = start; i < stop; i += kAhead) {
+      float x[kAhead][C], y[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const float* piece = p.partials + static_cast<int64_t>(list[min(i + j, stop - 1)]) * Cf::kRecord;
+#pragma unroll
+        for (int c = 0; c < C; c += 4)
+          *reinterpret_cast<float4*>(x[j] + c) = __ldcg(reinterpret_cast<const float4*>(piece + row * C + c));
+        y[j] = __ldcg(piece + stat);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (i + j >= stop) break;
+        const float* w = weights + (i + j - start) * C;
+#pragma unroll
+        for (int c = 0; c < C; ++c) acc[c] += w[c] * x[j][c];
+        sum += w[thread % C] * y[j];
       }
     }
+    warpgroup_barrier(warpgroup);
   }
-  warpgroup_barrier(warpgroup);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (thread < Cf::kOutRows) record[thread * C + c] = acc[c];
-    if (thread >= 125) record[stat_row * C + c] = stat[c];
     if (thread == 0) record[(Cf::kOutRows + 3) * C + c] = top[c];
   }
+  if (thread < 3 * C) record[stat] = sum;
   warpgroup_barrier(warpgroup);
 }
 
@@ -217,45 +230,21 @@ __device__ __forceinline__ float2 part_weights(const float* record, int column, 
 }
 
 // out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
-// `window`: record of the exact part in global memory, or null. Everything it reads there is asked for at once, first.
+// `window`: record of the exact part in global memory, or null.
 template <class Cf>
 __device__ __noinline__ void write_output(const float* record, const float* window, const DecodeParams& p,
                                           const Request* at_work, int head, int column0, int warp, int lane) {
-  constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV, kMine = (D / 16 + 3) / 4;  // 16-row tiles of a warp
+  constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
   const int g = lane >> 2, t = lane & 3;
-  const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16)) * GV * 32 + lane;
-  const float* mean = p.value_mean + head * 2 * D;
-  uint4 a[kMine][GV];
-  float mean_at[kMine][2], sink_at[kMine][2], exact[kMine][4];
-  float stat[2][3];  // of the exact part: sum and maximum of columns g, 2t, 2t + 1
   const int columns[3] = {g % C, 2 * t % C, (2 * t + 1) % C};
-#pragma unroll
-  for (int k = 0; k < kMine; ++k) {
-    const int tile = min(warp + 4 * k, D / 16 - 1);
-#pragma unroll
-    for (int i = 0; i < GV; ++i) a[k][i] = basis[(tile * GV + i) * 32];
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      const int dim = 16 * tile + g + 8 * y;
-      mean_at[k][y] = mean[dim];
-      sink_at[k][y] = mean[D + dim];
-    }
-  }
-  const float factor = p.value_factor[head];
   grid_dependency_wait();  // for the window kernel's results
-#pragma unroll
-  for (int k = 0; k < kMine; ++k)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int dim = 16 * min(warp + 4 * k, D / 16 - 1) + g + 8 * (e >> 1);
-      exact[k][e] = window ? __ldcg(window + dim * C + (2 * t + (e & 1)) % C) : 0.f;
-    }
+  float stat[2][3];  // of the exact part: sum and maximum of those columns
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     stat[0][i] = window ? __ldcg(window + Cf::kOutRows * C + columns[i]) : 0.f;
     stat[1][i] = window ? __ldcg(window + (Cf::kOutRows + 3) * C + columns[i]) : kEmptyMax;
   }
-  const Request r = *at_work;
+  const float factor = p.value_factor[head];
 
   uint32_t b[GV][2];
   {
@@ -280,26 +269,39 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
   uint16_t* to[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int column = columns[1 + c], global = column0 + column, row = global / p.heads_per_kv;
+    const int column = columns[1 + c];
+    int row = 0, query_head = column0 + column;
+    for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
     weight[c] = part_weights<Cf>(record, column, stat[0][1 + c], stat[1][1 + c]);
     mean_sum[c] = record[Cf::kOutRows * C + column] * weight[c].x;
     sink_sum[c] = record[(Cf::kOutRows + 2) * C + column] * weight[c].x;
-    to[c] = static_cast<uint16_t*>(p.out) + (r.row + row) * p.out_token_stride +
-            (head * p.heads_per_kv + global % p.heads_per_kv) * p.out_head_stride;
-    if (2 * t + c >= C || row >= r.num_rows) to[c] = nullptr;
+    to[c] = static_cast<uint16_t*>(p.out) + (at_work->row + row) * p.out_token_stride +
+            (head * p.heads_per_kv + query_head) * p.out_head_stride;
+    if (2 * t + c >= C || row >= at_work->num_rows) to[c] = nullptr;
   }
+#pragma unroll 1
+  for (int tile = warp; tile < D / 16; tile += 4) {
+    const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16) + tile) * GV * 32 + lane;
+    const float* mean = p.value_mean + head * 2 * D + 16 * tile + g;
+    uint4 a[GV];
+    float mean_at[2], sink_at[2], exact[4];
 #pragma unroll
-  for (int k = 0; k < kMine; ++k) {
+    for (int i = 0; i < GV; ++i) a[i] = basis[i * 32];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) mean_at[y] = mean[8 * y], sink_at[y] = mean[D + 8 * y];
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      exact[e] = window ? __ldcg(window + (16 * tile + g + 8 * (e >> 1)) * C + columns[1 + (e & 1)]) : 0.f;
     float o[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < GV; ++i) mma_f16(o, a[k][i].x, a[k][i].y, a[k][i].z, a[k][i].w, b[i][0], b[i][1]);
+    for (int i = 0; i < GV; ++i) mma_f16(o, a[i].x, a[i].y, a[i].z, a[i].w, b[i][0], b[i][1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int tile = warp + 4 * k, y = e >> 1, c = e & 1;
-      const float x = o[e] * factor + mean_sum[c] * mean_at[k][y] + sink_sum[c] * sink_at[k][y] + weight[c].y * exact[k][e];
-      if (tile < D / 16 && to[c])
-        to[c][16 * tile + g + 8 * y] =
-            p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+      const int y = e >> 1, c = e & 1;
+      const float x = o[e] * factor + mean_sum[c] * mean_at[y] + sink_sum[c] * sink_at[y] + weight[c].y * exact[e];
+      const uint16_t bits =
+          p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+      if (to[c]) to[c][16 * tile + g + 8 * y] = bits;
     }
   }
 }

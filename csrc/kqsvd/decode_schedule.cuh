@@ -9,34 +9,42 @@
 
 namespace kqsvd::decode {
 
-// The cut of virtual heads into CTA ranges and warpgroup parts. 32-bit: 2^31 / 132 units are four billion tokens and heads.
+// The cut of virtual heads into CTA ranges and warpgroup parts. While there are no more heads than CTAs a CTA serves one
+// head: reloading a head's constants would make its warpgroups wait for each other.
 struct Cut {
-  unsigned units, total;  // of one virtual head, of all
-  unsigned num_ctas, each, rest;
-  float inverse;
+  int units;  // of one virtual head
+  int heads, num_ctas;
 
-  __device__ Cut(int head_units, int virtual_heads, int num_ctas)
-      : units(head_units), total(head_units * virtual_heads), num_ctas(num_ctas), each(total / num_ctas),
-        rest(total - each * num_ctas), inverse(1.f / num_ctas) {}
-  // total * cta / num_ctas; the rounded division is exact for rest * cta < 2^15.
-  __device__ unsigned cta_begin(unsigned cta) const {
-    return each * cta + static_cast<unsigned>((static_cast<float>(rest * cta) + 0.5f) * inverse);
-  }
-  __device__ unsigned cta_of(unsigned unit) const {  // the only candidates are next to the proportional one
-    unsigned c = static_cast<unsigned>(__fdividef(static_cast<float>(unit) * num_ctas, static_cast<float>(total)));
-    c = min(c, num_ctas - 1);
-    while (c > 0 && cta_begin(c) > unit) --c;
-    while (c + 1 < num_ctas && cta_begin(c + 1) <= unit) ++c;
-    return c;
-  }
+  // First CTA of a head, where CTAs are dealt to heads.
+  __device__ int first_cta(int head) const { return (head * num_ctas + heads - 1) / heads; }
+  __device__ int first_head(int cta) const { return cta * heads / num_ctas; }
+  __device__ int last_head(int cta) const { return heads <= num_ctas ? first_head(cta) : ((cta + 1) * heads - 1) / num_ctas; }
 
   // Units [begin, end) of `head` that belong to warpgroup `part` of `cta`, counted from the head's first unit.
   template <int parts>
-  __device__ void part_range(unsigned cta, unsigned part, unsigned head, int& begin, int& end) const {
-    const unsigned lo = max(cta_begin(cta), head * units), hi = min(cta_begin(cta + 1), (head + 1) * units);
-    const unsigned n = hi > lo ? hi - lo : 0;
-    begin = static_cast<int>(lo - head * units + n * part / parts);
-    end = static_cast<int>(lo - head * units + n * (part + 1) / parts);
+  __device__ void part_range(int cta, int part, int head, int& begin, int& end) const {
+    unsigned lo = 0, n = units;
+    if (heads <= num_ctas) {
+      const unsigned k = cta - first_cta(head), all = first_cta(head + 1) - first_cta(head);
+      lo = units / all * k + units % all * k / all;
+      n = units / all * (k + 1) + units % all * (k + 1) / all - lo;
+    } else {  // in num_ctas-ths of a unit, so that no product overflows
+      const int64_t first = static_cast<int64_t>(units) * heads * cta / num_ctas - static_cast<int64_t>(head) * units;
+      const int64_t last = static_cast<int64_t>(units) * heads * (cta + 1) / num_ctas - static_cast<int64_t>(head) * units;
+      lo = static_cast<unsigned>(max(first, int64_t{0}));
+      n = static_cast<unsigned>(max(min(last, static_cast<int64_t>(units)) - lo, int64_t{0}));
+    }
+    begin = lo + n * part / parts;
+    end = lo + n * (part + 1) / parts;
+  }
+  // CTAs [first, last] that may hold units of `head`.
+  __device__ void ctas_of(int head, int& first, int& last) const {
+    if (heads <= num_ctas) {
+      first = first_cta(head), last = first_cta(head + 1) - 1;
+    } else {
+      first = static_cast<int>(static_cast<int64_t>(head) * num_ctas / heads);
+      last = static_cast<int>((static_cast<int64_t>(head + 1) * num_ctas - 1) / heads);
+    }
   }
 };
 

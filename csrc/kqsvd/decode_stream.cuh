@@ -79,7 +79,7 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const unsigned pos = token + c * Cf::kSecondChunk, left = max(r.last - static_cast<int>(pos), 0);
-          slot.tiles |= min(left / kTileTokens, 2u) == 2 ? 3 << 2 * c : (left ? 1 << 2 * c : 0);
+          slot.tiles |= (left > kTileTokens ? 3 : left ? 1 : 0) << 2 * c;
           if (left) slot.source[c] = table[pos / block] * page + tile_at<Cf>(at.head, block, pos % block);
           if (!aligned && left > kTileTokens) {
             const unsigned second = pos + kTileTokens;
