@@ -33,6 +33,13 @@ _K_32 = side((4, "01"), (2, "2345"))  # 4 4 2 2 2 2, rank 96
 _V_48 = side((4, "0"), (2, "1234"), (2, "56"), (1, "01526374"))  # 5 3 3 3 3 3 3 1
 _V_40 = side((2, "0123"), (2, "4567"), (1, "0123"))  # 3 3 3 3 2 2 2 2
 
+# head_dim 64: four groups
+_FOUR_64 = side((4, "01"), (4, "23"))
+_THREE_64 = side((2, "0123"), (1, "0123"))
+_TWO_64 = side((2, "0123"))
+_K_24 = side((4, "01"), (2, "23"))  # 4 4 2 2
+_K_16 = side((4, "0"), (2, "12"))  # 4 2 2, rank 48
+
 PLANS: dict[str, tuple[int, LayerPlan]] = {
     # name: (head_dim, plan); the number is bytes per token and KV head, scales included
     "d128_b130": (128, LayerPlan(_FOUR, _FOUR)),
@@ -40,6 +47,10 @@ PLANS: dict[str, tuple[int, LayerPlan]] = {
     "d128_b82": (128, LayerPlan(_K_40, _V_40)),
     "d128_b74": (128, LayerPlan(_K_40, _TWO)),
     "d128_b66": (128, LayerPlan(_K_32, _TWO)),
+    "d64_b66": (64, LayerPlan(_FOUR_64, _FOUR_64)),
+    "d64_b50": (64, LayerPlan(_K_24, _THREE_64)),
+    "d64_b42": (64, LayerPlan(_K_24, _TWO_64)),
+    "d64_b34": (64, LayerPlan(_K_16, _TWO_64)),
 }
 
 

@@ -30,34 +30,32 @@ __device__ __forceinline__ void load_query(uint4* query, const DecodeParams& p, 
     const int k = i >> 5, lane = i & 31;
     int row = 0, query_head = column0 + (lane >> 2) % Cf::C;  // column = row * heads_per_kv + query_head
     for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
-    uint32_t q[4] = {0, 0, 0, 0}, x[4] = {0, 0, 0, 0};
-    if (row < r.num_rows) {
-      const int64_t at = (r.row + row) * p.query_token_stride +
-                         (head * p.heads_per_kv + query_head) * p.query_head_stride;
-      const int plane = 16 * k + 4 * (lane & 3);
+    uint32_t* words = reinterpret_cast<uint32_t*>(query + k * 64 + lane);  // the quad (im, -re) is 32 vectors further
+    const int plane = 16 * k + 4 * (lane & 3);
+    const uint16_t* from = static_cast<const uint16_t*>(p.query) + (r.row + row) * p.query_token_stride +
+                           (head * p.heads_per_kv + query_head) * p.query_head_stride;
+    if (row >= r.num_rows) {
+      query[k * 64 + lane] = query[k * 64 + 32 + lane] = make_uint4(0, 0, 0, 0);
+    } else if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
       alignas(8) uint16_t re[4], im[4];
-      if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
-        const uint16_t* from = static_cast<const uint16_t*>(p.query) + at + plane;
-        *reinterpret_cast<uint2*>(re) = *reinterpret_cast<const uint2*>(from);
-        *reinterpret_cast<uint2*>(im) = *reinterpret_cast<const uint2*>(from + Cf::D / 2);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          int a, b;
-          plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, a, b);
-          re[e] = static_cast<const uint16_t*>(p.query)[at + a];
-          im[e] = static_cast<const uint16_t*>(p.query)[at + b];
-        }
-      }
+      *reinterpret_cast<uint2*>(re) = *reinterpret_cast<const uint2*>(from + plane);
+      *reinterpret_cast<uint2*>(im) = *reinterpret_cast<const uint2*>(from + plane + Cf::D / 2);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float a = float_of(re[e], p.is_bf16), b = float_of(im[e], p.is_bf16);
-        q[e] = pack_f16(a, b);
-        x[e] = pack_f16(b, -a);
+        words[e] = pack_f16(a, b);
+        words[128 + e] = pack_f16(b, -a);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        int re, im;
+        plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, re, im);
+        const float a = float_of(from[re], p.is_bf16), b = float_of(from[im], p.is_bf16);
+        words[e] = pack_f16(a, b);
+        words[128 + e] = pack_f16(b, -a);
       }
     }
-    query[k * 64 + lane] = make_uint4(q[0], q[1], q[2], q[3]);
-    query[k * 64 + 32 + lane] = make_uint4(x[0], x[1], x[2], x[3]);
   }
 }
 

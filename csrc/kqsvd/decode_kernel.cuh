@@ -254,11 +254,10 @@ __device__ __noinline__ void finish_item(const DecodeParams& p, Scratch<Cf> scra
     warpgroup_barrier(warpgroup);
     int* flag = scratch.flag();
     if (thread == 0) {
-      __threadfence();  // with the barrier: everything this warpgroup wrote, before the count
-      const int before = atomicAdd(&p.counters[cell], mine);
-      *flag = before + mine == all;
-      if (*flag) p.counters[cell] = 0;
-      __threadfence();
+      // With the barriers around it this orders all that the warpgroups wrote before all that the last one reads.
+      const bool last = count_up(&p.counters[cell], mine) + mine == all;
+      if (last) p.counters[cell] = 0;
+      *flag = last;
     }
     warpgroup_barrier(warpgroup);
     if (!*flag) return;
@@ -319,7 +318,11 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
                ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
                lane);
     float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
+#ifdef KQ_ROLLED
+#pragma unroll 1
+#else
 #pragma unroll(Cf::kSlots > 2 ? 1 : 2)
+#endif
     for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
       const int stage = stream.n & 1;
       const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
@@ -369,6 +372,12 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   int loaded = blockIdx.x * virtual_heads / p.num_ctas / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
+  grid_launch_dependents();  // the next window kernel waits for all of this grid before it touches anything
+  {  // the output's constants are wanted last; have them in L2 by then
+    constexpr int bytes = Cf::D * Cf::GV * 32;
+    const uint8_t* basis = reinterpret_cast<const uint8_t*>(p.value_basis) + static_cast<int64_t>(loaded) * bytes;
+    for (int i = thread * 128; i < bytes; i += Cf::kThreads * 128) prefetch_l2(basis + i);
+  }
   if (lane == 0) {
     const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
     *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0};
@@ -417,7 +426,6 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   }
   mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA
   grid_dependency_wait();
-  grid_launch_dependents();
 }
 
 }  // namespace kqsvd::decode

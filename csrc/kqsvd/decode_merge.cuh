@@ -237,6 +237,19 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
   constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
   const int g = lane >> 2, t = lane & 3;
   const int columns[3] = {g % C, 2 * t % C, (2 * t + 1) % C};
+  constexpr int kMine = (D / 16 + 3) / 4;  // 16-row tiles of a warp; all of its loads are asked for at once
+  uint4 a[kMine][GV];
+  float mean_at[kMine][2], sink_at[kMine][2], exact[kMine][4];
+#pragma unroll
+  for (int k = 0; k < kMine; ++k) {
+    const int tile = min(warp + 4 * k, D / 16 - 1);
+    const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16) + tile) * GV * 32 + lane;
+    const float* mean = p.value_mean + head * 2 * D + 16 * tile + g;
+#pragma unroll
+    for (int i = 0; i < GV; ++i) a[k][i] = basis[i * 32];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) mean_at[k][y] = mean[8 * y], sink_at[k][y] = mean[D + 8 * y];
+  }
   grid_dependency_wait();  // for the window kernel's results
   float stat[2][3];  // of the exact part: sum and maximum of those columns
 #pragma unroll
@@ -244,6 +257,13 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
     stat[0][i] = window ? __ldcg(window + Cf::kOutRows * C + columns[i]) : 0.f;
     stat[1][i] = window ? __ldcg(window + (Cf::kOutRows + 3) * C + columns[i]) : kEmptyMax;
   }
+#pragma unroll
+  for (int k = 0; k < kMine; ++k)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      exact[k][e] =
+          window ? __ldcg(window + (16 * min(warp + 4 * k, D / 16 - 1) + g + 8 * (e >> 1)) * C + columns[1 + (e & 1)])
+                 : 0.f;
   const float factor = p.value_factor[head];
 
   uint32_t b[GV][2];
@@ -279,29 +299,20 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
             (head * p.heads_per_kv + query_head) * p.out_head_stride;
     if (2 * t + c >= C || row >= at_work->num_rows) to[c] = nullptr;
   }
-#pragma unroll 1
-  for (int tile = warp; tile < D / 16; tile += 4) {
-    const uint4* basis = p.value_basis + static_cast<int64_t>(head * (D / 16) + tile) * GV * 32 + lane;
-    const float* mean = p.value_mean + head * 2 * D + 16 * tile + g;
-    uint4 a[GV];
-    float mean_at[2], sink_at[2], exact[4];
 #pragma unroll
-    for (int i = 0; i < GV; ++i) a[i] = basis[i * 32];
-#pragma unroll
-    for (int y = 0; y < 2; ++y) mean_at[y] = mean[8 * y], sink_at[y] = mean[D + 8 * y];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      exact[e] = window ? __ldcg(window + (16 * tile + g + 8 * (e >> 1)) * C + columns[1 + (e & 1)]) : 0.f;
+  for (int k = 0; k < kMine; ++k) {
+    const int tile = warp + 4 * k;
     float o[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < GV; ++i) mma_f16(o, a[i].x, a[i].y, a[i].z, a[i].w, b[i][0], b[i][1]);
+    for (int i = 0; i < GV; ++i) mma_f16(o, a[k][i].x, a[k][i].y, a[k][i].z, a[k][i].w, b[i][0], b[i][1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int y = e >> 1, c = e & 1;
-      const float x = o[e] * factor + mean_sum[c] * mean_at[y] + sink_sum[c] * sink_at[y] + weight[c].y * exact[e];
+      const float x =
+          o[e] * factor + mean_sum[c] * mean_at[k][y] + sink_sum[c] * sink_at[k][y] + weight[c].y * exact[k][e];
       const uint16_t bits =
           p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
-      if (to[c]) to[c][16 * tile + g + 8 * y] = bits;
+      if (tile < D / 16 && to[c]) to[c][16 * tile + g + 8 * y] = bits;
     }
   }
 }

@@ -167,6 +167,10 @@ CASES = {
     "3 bits": Case(plan="d128_b98"),
     "74 bytes": Case(plan="d128_b74"),
     "2 bits": Case(plan="d128_b66"),
+    "head_dim 64, 4 bits": Case(plan="d64_b66"),
+    "head_dim 64, 3 bits": Case(plan="d64_b50", kv_heads=3, group=3),
+    "head_dim 64": Case(plan="d64_b42", group=8, rope_block=64),
+    "head_dim 64, 2 bits": Case(plan="d64_b34", window=0),
 }
 
 __all__ = ["CASES", "Case", "decode_step", "replace", "run_case"]
