@@ -138,10 +138,12 @@ def main() -> None:
             bits = write_projection(arm, folder, options.model) if arm.startswith("kqsvd") else BITS.get(arm)
             command = [sys.executable, "-m", "benchmarks.decode_throughput", *sys.argv[1:]]
             command += ["--run-arm", arm, "--folder", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = [x[7:] for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+            log = options.output.with_name(f"{options.output.stem}.{arm}.log")
+            with log.open("w") as f:
+                subprocess.run(command, stdout=f, stderr=subprocess.STDOUT)
+            lines = [x[7:] for x in log.read_text().splitlines() if x.startswith("RESULT ")]
             if not lines:
-                print(f"{arm}: failed\n{(done.stdout + done.stderr)[-6000:]}", flush=True)
+                print(f"{arm}: failed, see {log}", flush=True)
                 continue
             row = {
                 **provenance(),
