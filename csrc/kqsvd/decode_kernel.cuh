@@ -318,11 +318,7 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
                ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
                lane);
     float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
-#ifdef KQ_ROLLED
-#pragma unroll 1
-#else
 #pragma unroll(Cf::kSlots > 2 ? 1 : 2)
-#endif
     for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
       const int stage = stream.n & 1;
       const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;

@@ -23,7 +23,7 @@ struct ScheduleParams {
   int num_requests;
   int table_rows;  // all are written, so that a graph captured for more requests finds the surplus empty
   int window;          // positions kept exactly; 0: none
-  int window_units;    // cost of a request's exact part in work units
+  int window_units;    // fixed cost of a request, in work units
   int sliding_window;  // visible positions; 0: all
   int grain;           // tokens of one warp's smallest piece of work; four make a unit
 };

@@ -18,7 +18,7 @@ from vllm_kqsvd.ops.interface import LayerShape, Step
 from vllm_kqsvd.plan_catalog import Instance, find_instance, instances
 
 _REQUEST_INTS = 8  # decode_params.h: Request
-_UNIT_GRAINS = 4
+_REQUEST_UNITS = 0  # fixed cost of a request when work is cut (its exact window is a kernel of its own)
 _MAX_CTAS = 160  # more multiprocessors than any GPU this kernel runs on
 
 
@@ -150,9 +150,7 @@ class CudaDecode:
         """The schedule this layer needs."""
         instance, _, _ = self.instance(max_query_len)
         s = self.shape
-        window = s.window if has_window else 0
-        units = 0
-        return ScheduleKind(instance, window, units, s.sliding_window)
+        return ScheduleKind(instance, s.window if has_window else 0, _REQUEST_UNITS, s.sliding_window)
 
     def schedule(self, step: Step, has_window: bool) -> tuple[ScheduleKind, torch.Tensor]:
         """Cut the step's decode requests into work on the device; reuse the result for every layer of this kind."""
