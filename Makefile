@@ -8,6 +8,8 @@ VENV ?= .venv
 DEVICE ?= auto
 RUN = $(VENV)/bin/python -m
 PYTEST_ARGS ?=
+# The environment is installed uncompiled; without cached bytecode every later process would pay for that again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test env lint format wheel clean
 
