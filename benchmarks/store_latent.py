@@ -21,6 +21,7 @@ import torch
 from benchmarks.shapes import PLANS, SHAPES, plan_of, random_codec
 from vllm_kqsvd.ops.cuda_library import available
 from vllm_kqsvd.ops.cuda_store import LatentStore
+from vllm_kqsvd.ops.rope_block import RopeSpec
 
 HEADS, DIM, BLOCK, WINDOW_BLOCK = 8, 128, 64, 16
 TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
@@ -64,7 +65,9 @@ def vllm_reshape() -> Callable[..., None] | None:
 def arms(tokens: int, layers: int, bits: float) -> dict[str, list[Callable[[], None]]]:
     """Calls per arm, one per layer, each over inputs and caches of its own."""
     gen = torch.Generator().manual_seed(0)
-    codec = random_codec(SHAPES["llama-3.1-8b"], plan_of(bits), 32, 0).to("cuda")
+    config = SHAPES["llama-3.1-8b"]
+    rope = RopeSpec(config["rope_theta"] ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128))
+    codec = random_codec(config, plan_of(bits), rope, 32, 0).to("cuda")
     store = LatentStore(codec, BLOCK)
     blocks = -(-tokens // BLOCK) + 1
     # Prefill writes runs of slots; a decode batch writes one slot in a page of its own for every request.
