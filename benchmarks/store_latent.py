@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import PLANS, SHAPES, plan_of, random_codec
+from benchmarks.shapes import PLANS_BY_BITS, SHAPES, plan_of, random_codec
 from vllm_kqsvd.ops.cuda_library import available
 from vllm_kqsvd.ops.cuda_store import LatentStore
 from vllm_kqsvd.ops.rope_block import RopeSpec
@@ -101,7 +101,7 @@ def main() -> None:
     """Print the table and append it to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 4.0], choices=sorted(PLANS))
+    parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 4.0], choices=sorted(PLANS_BY_BITS))
     args = parser.parse_args()
     usable, why = available()
     if not usable:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vllm_kqsvd.calibration.tiling import UNIT_BYTES, planes_from_counts
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.plan import MAX_CODE_BITS, LayerPlan, SidePlan
+from vllm_kqsvd.plan_catalog import PLANS
 
 Table = NDArray[np.float64]  # [groups, 9]: loss of a group at every code width
 _ROUNDS = 20
@@ -133,12 +134,29 @@ def layer_loss(plan: LayerPlan, k: Table, v: Table) -> float:
     return side_losses(plan.k, k) + side_losses(plan.v, v)
 
 
-def allocate(tables: Sequence[tuple[Table, Table]], total_bytes: int, max_plans: int = 4) -> list[LayerPlan]:
+def catalogue_plans(head_dim: int, total_bytes: int) -> list[LayerPlan]:
+    """Plans of this size that CUDA decode kernels are compiled for. Raises CalibrationError if there are none."""
+    sizes = {name: (d, plan, plan.bytes_per_token - 2) for name, (d, plan) in PLANS.items()}
+    found = [plan for d, plan, size in sizes.values() if (d, size) == (head_dim, total_bytes)]
+    if not found:
+        have = sorted({8 * (size + 2) / (2 * d) for d, _, size in sizes.values() if d == head_dim})
+        raise CalibrationError(
+            f"compiled plans of {8 * (total_bytes + 2) / (2 * head_dim):g} bits for head_dim {head_dim} asked for; "
+            f"there are {', '.join(f'{b:g}' for b in have) or 'none'}; choose one of these widths, or --plans free"
+        )
+    return found
+
+
+def allocate(
+    tables: Sequence[tuple[Table, Table]], total_bytes: int, max_plans: int = 4, among: Sequence[LayerPlan] = ()
+) -> list[LayerPlan]:
     """One plan per layer, at most `max_plans` distinct, all of `total_bytes`; tables: (K, V) of every layer.
 
     Greedy start (add the plan that lowers the summed loss most), then Lloyd rounds: assign every layer to its best
-    plan, make every plan optimal for the sum of its layers.
+    plan, make every plan optimal for the sum of its layers. `among`: only these plans, each layer its best.
     """
+    if among:
+        return [min(among, key=lambda plan, k=k, v=v: layer_loss(plan, k, v)) for k, v in tables]
     own = [best_layer_plan(k, v, total_bytes) for k, v in tables]
     distinct = list(dict.fromkeys(plan for _, plan in own))
     if len(distinct) <= max_plans:

@@ -46,6 +46,7 @@ class CalibrateOptions:
     rope_block: int = 0
     max_position: int = 0
     max_plans: int = 4
+    plans: str = "free"  # or "catalogue"
     collect: CollectOptions = field(default_factory=CollectOptions)
 
     def __post_init__(self) -> None:
@@ -166,6 +167,7 @@ def project(
             basis=options.basis,
             center=options.center,
             max_plans=options.max_plans,
+            plans=options.plans,
             window=options.collect.window,
             context=options.collect.window_length,
             seed=options.collect.seed,
@@ -203,6 +205,7 @@ def describe(
         "center": options.center,
         "exact_window": collect.window,
         "max_plans": options.max_plans,
+        "plans": options.plans,
     }
 
 

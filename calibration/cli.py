@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans (default %(default)s)"
     )
     parser.add_argument(
+        "--plans",
+        choices=("free", "catalogue"),
+        default=defaults.plans,
+        help="catalogue: only bit plans with a compiled CUDA decode kernel (default %(default)s)",
+    )
+    parser.add_argument(
         "--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)"
     )
     parser.add_argument(
@@ -99,6 +105,7 @@ def options_from(args: argparse.Namespace) -> CalibrateOptions:
         rope_block=args.rope_block,
         max_position=args.max_model_len,
         max_plans=args.max_plans,
+        plans=args.plans,
         collect=collect,
     )
 

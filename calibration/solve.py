@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_kqsvd.calibration.allocate import Table, allocate
+from vllm_kqsvd.calibration.allocate import Table, allocate, catalogue_plans
 from vllm_kqsvd.calibration.basis import Basis, make_basis
 from vllm_kqsvd.calibration.frames import Frame, distance_law
 from vllm_kqsvd.calibration.means import MeanFactors, fixed_means, key_means, logit_mean_energy
@@ -33,6 +33,7 @@ class SolveOptions:
     basis: str = "mix"
     center: bool = True
     max_plans: int = 4
+    plans: str = "free"  # or "catalogue": those with a compiled CUDA decode kernel
     window: int = 64
     context: int = 2048
     seed: int = 0
@@ -217,5 +218,7 @@ def solve(
 ) -> list[SolvedLayer]:
     """Coders of all layers, each `total_bytes` of planes per token and KV head."""
     solvers = [LayerSolver(a, s, f, options) for a, s, f in zip(layers, statistics, frames, strict=True)]
-    plans = allocate([(s.sides["k"].table, s.sides["v"].table) for s in solvers], total_bytes, options.max_plans)
+    among = catalogue_plans(layers[0].head_dim, total_bytes) if options.plans == "catalogue" else ()
+    tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
+    plans = allocate(tables, total_bytes, options.max_plans, among)
     return [s.finish(p.k, p.v) for s, p in zip(solvers, plans, strict=True)]
