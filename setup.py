@@ -5,6 +5,7 @@ KQSVD_BUILD_CUDA=0     pure Python wheel (Triton and PyTorch serve)
 KQSVD_BUILD_CUDA=1     compile csrc/ into vllm_kqsvd/_C.abi3.so, or fail
 KQSVD_BUILD_CUDA=auto  compile if nvcc and torch are there (default)
 KQSVD_CUDA_ARCHS       default "90a"; a list such as "80;90a"
+KQSVD_DECODE_KERNELS   substrings of the decode kernels to compile, such as "b82_c4;d64"; default all of them
 MAX_JOBS               compilers at once, default the number of cores
 """
 
@@ -40,8 +41,12 @@ def torch_folder() -> Path | None:
 
 
 def cuda_sources() -> list[str]:
-    """Every translation unit under csrc/, in path order."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".cu"})
+    """Every translation unit under csrc/, in path order; of the decode kernels those that are asked for."""
+    names = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".cu"})
+    wanted = [x for x in os.environ.get("KQSVD_DECODE_KERNELS", "").replace(",", ";").split(";") if x]
+    if not wanted:
+        return names
+    return [n for n in names if "/decode_d" not in n or any(x in n for x in wanted)]
 
 
 def wants_cuda() -> bool:
