@@ -42,6 +42,10 @@ def engine_options(arm: str, model: Path, options: argparse.Namespace) -> dict:
         "tensor_parallel_size": options.tensor_parallel,
         "kv_transfer_config": {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"},
     }
+    if options.startup_fill:
+        kw["kv_transfer_config"]["kv_connector_extra_config"] = {"startup_fill": True}
+    if options.executor:
+        kw["distributed_executor_backend"] = options.executor
     if options.compilation:
         kw["compilation_config"] = json.loads(options.compilation)
     if arm.startswith("kqsvd"):
@@ -123,6 +127,8 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
+    parser.add_argument("--executor", choices=("mp", "ray"), help="how tensor-parallel workers are run")
+    parser.add_argument("--startup-fill", action="store_true", help="fill the cache once at start, not per request")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--run-arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

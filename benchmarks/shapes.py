@@ -42,6 +42,16 @@ SHAPES = {
         num_key_value_heads=8,
         head_dim=128,
     ),
+    # 70B layers, as many as one 80 GB GPU holds beside a cache: the one-GPU side of a scaling figure
+    "llama-3.1-70b-24-layers": dict(
+        LLAMA,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
     "llama-3.2-1b": dict(
         LLAMA,
         hidden_size=2048,
