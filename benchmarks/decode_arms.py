@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/decode_attention.py times: latent pages of each catalogue plan, vLLM's own kernels, a plain copy."""
+"""Our arms of benchmarks/decode_attention.py: latent pages of each catalogue plan, by the CUDA or Triton kernels."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_kqsvd.codec import LayerCodec
 from vllm_kqsvd.layout import layout_of
+from vllm_kqsvd.ops.interface import LayerShape, Step
 from vllm_kqsvd.plan_catalog import PLANS
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 DEVICE = torch.device("cuda", 0)
 Call = Callable[[], None]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]  # query, pages, window, out
 
 
 class Arm(ABC):
@@ -66,8 +70,6 @@ class LatentArm(Arm):
     def prepare(self, shape: Shape, layers: int) -> tuple[Call, list[Call]]:
         """Random codes, scales near 1, no sinks; constants are separate copies for every layer."""
         from tests.helpers import random_codec
-        from vllm_kqsvd.ops.cuda_decode import CudaDecode
-        from vllm_kqsvd.ops.interface import LayerShape, Step
 
         if shape.head_dim != self.head_dim:
             raise RuntimeError(f"plan {self.name} is for head_dim {self.head_dim}")
@@ -88,85 +90,64 @@ class LatentArm(Arm):
             torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE), None, block_table, window_table,
             torch.zeros(rows, dtype=torch.int64, device=DEVICE),
         )  # fmt: skip
-        first = CudaDecode(codec, layer_shape, DEVICE, max(shape.lengths))
         layout = layout_of(self.plan)
         query = torch.randn(rows, shape.num_heads, shape.head_dim, device=DEVICE).bfloat16()
         out = torch.empty_like(query)
         calls: list[Call] = []
-        kind, requests = first.schedule(step, True)
-        for _ in range(layers):
+        schedule, attentions = self._attentions(codec, layer_shape, step, layers)
+        for attend in attentions:
             pages = torch.randint(0, 256, (blocks, layout.page_bytes(shape.num_kv_heads, self.block)), device=DEVICE,
                                   dtype=torch.uint8)  # fmt: skip
             tiles = pages.view(-1, layout.tile_bytes)
             tiles[:, layout.scale_offset["k"] :] = tiles[:, layout.scale_offset["k"] :] % 16 + 56
             window = torch.randn(window_blocks, shape.num_kv_heads, 32, 2 * shape.head_dim, device=DEVICE).bfloat16()
-            layer = CudaDecode.__new__(CudaDecode)
-            layer.__dict__ = {**first.__dict__}
-            c = first.constants
-            layer.constants = replace(c, **{k: v.clone() for k, v in c.__dict__.items()})
+            calls.append(lambda a=attend, p=pages, w=window: a(query, p, w, out))
+        return schedule, calls
 
-            def call(layer=layer, pages=pages, window=window) -> None:
-                layer.attend(query, pages, window, step, requests, out)
+    def _attentions(self, codec: LayerCodec, shape: LayerShape, step: Step, layers: int) -> tuple[Call, list[Attend]]:
+        """(schedule of a step, attention of every layer)."""
+        from vllm_kqsvd.ops.cuda_decode import CudaDecode
 
-            calls.append(call)
-        return (lambda: None if first.schedule(step, True) else None), calls
+        first = CudaDecode(codec, shape, DEVICE, step.max_seq_len)
+        first.reserve(step.num_decodes, step.max_seq_len, step.max_decode_len)
+        _, requests = first.schedule(step, True)
 
+        def bind(layer: CudaDecode) -> Attend:
+            return lambda query, pages, window, out: layer.attend(query, pages, window, step, requests, out)
 
-class FlashArm(Arm):
-    """vLLM's FlashAttention 3, blocks of 16."""
-
-    def __init__(self, fp8: bool) -> None:
-        self.fp8, self.name = fp8, "fa3_fp8" if fp8 else "fa3_bf16"
-
-    def bytes_per_token(self, shape: Shape) -> float:
-        """K and V."""
-        return 2 * shape.head_dim * (1 if self.fp8 else 2)
-
-    def prepare(self, shape: Shape, layers: int) -> tuple[Call, list[Call]]:
-        """As vLLM's FlashAttentionImpl calls it."""
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        dtype = torch.float8_e4m3fn if self.fp8 else torch.bfloat16
-        batch = len(shape.lengths)
-        block_table, blocks = random_table(shape, 16)
-        query = torch.randn(batch * shape.query_len, shape.num_heads, shape.head_dim, device=DEVICE)
-        query = query.bfloat16().to(dtype)
-        out = torch.empty(query.shape, device=DEVICE, dtype=torch.bfloat16)
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * shape.query_len
-        lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE)
-        descale = torch.ones(batch, shape.num_kv_heads, device=DEVICE)
-        extra = {"q_descale": descale, "k_descale": descale, "v_descale": descale} if self.fp8 else {}
-        calls: list[Call] = []
-        for _ in range(layers):
-            cache = torch.randn(2, blocks, 16, shape.num_kv_heads, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
-            cache = cache.to(dtype)
-
-            def call(cache=cache) -> None:
-                flash_attn_varlen_func(
-                    q=query, k=cache[0], v=cache[1], out=out, cu_seqlens_q=starts, max_seqlen_q=shape.query_len,
-                    seqused_k=lengths, max_seqlen_k=max(shape.lengths), softmax_scale=shape.head_dim**-0.5, causal=True,
-                    block_table=block_table, fa_version=3, **extra,
-                )  # fmt: skip
-
-            calls.append(call)
-        return (lambda: None), calls
+        layer_ops = [with_own_constants(first, ("constants",)) for _ in range(layers)]
+        return (lambda: None if first.schedule(step, True) else None), [bind(layer) for layer in layer_ops]
 
 
-class CopyArm(Arm):
-    """Device-to-device copy of as many bytes as the 82-byte plan holds: reads and writes them, so half its rate."""
-
-    name = "copy"
-
-    def bytes_per_token(self, shape: Shape) -> float:
-        """82: the same bytes as the 2.5-bit plan."""
-        return 82
-
-    def prepare(self, shape: Shape, layers: int) -> tuple[Call, list[Call]]:
-        """One pair of buffers per layer."""
-        n = int(sum(shape.lengths) * self.bytes_per_token(shape) * shape.num_kv_heads)
-        pairs = [tuple(torch.empty(n, dtype=torch.uint8, device=DEVICE) for _ in range(2)) for _ in range(layers)]
-        return (lambda: None), [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
+def with_own_constants(layer, names: tuple[str, ...]):
+    """A shallow copy of a layer's ops whose constants (dataclasses of tensors) lie in memory of their own."""
+    out = copy.copy(layer)
+    for name in names:
+        held = getattr(layer, name)
+        tensors = {k: v.clone() for k, v in vars(held).items() if isinstance(v, torch.Tensor)}
+        setattr(out, name, replace(held, **tensors))
+    return out
 
 
-ARMS: dict[str, Arm] = {a.name: a for a in (FlashArm(False), FlashArm(True), CopyArm())}
-ARMS |= {name: LatentArm(name) for name in PLANS}
+class TritonLatentArm(LatentArm):
+    """Our pages read by the Triton kernels."""
+
+    def __init__(self, plan_name: str) -> None:
+        super().__init__(plan_name)
+        self.name = f"triton_{plan_name}"
+
+    def _attentions(self, codec: LayerCodec, shape: LayerShape, step: Step, layers: int) -> tuple[Call, list[Attend]]:
+        from vllm_kqsvd.ops.triton.layer_ops import TritonOps
+
+        first = TritonOps(codec.to(DEVICE), shape)
+        key = torch.randn(step.num_tokens, shape.num_kv_heads, shape.head_dim, device=DEVICE).bfloat16()
+
+        def bind(layer: TritonOps) -> Attend:
+            return lambda query, pages, window, out: layer.attend(query, key, key, pages, window, step, out)
+
+        layer_ops = [with_own_constants(first, ("_k", "_v")) for _ in range(layers)]
+        return (lambda: None), [bind(layer) for layer in layer_ops]
+
+
+LATENTS: dict[str, Arm] = {name: LatentArm(name) for name in PLANS}
+LATENTS |= {a.name: a for a in map(TritonLatentArm, PLANS)}

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.decode_arms import ARMS, Arm
+from benchmarks.decode_arms import LATENTS, Arm
+from benchmarks.decode_peers import PEERS
 from benchmarks.decode_results import append, table
+from vllm_kqsvd.ops import cuda_library
 
 SIZES = ("1x1k", "1x8k", "1x32k", "4x8k", "16x8k", "64x8k", "256x1k", "64xlognormal")
+MATRIX = tuple(f"{b}x{c}" for c in ("1k", "4k", "8k", "32k", "128k") for b in (1, 4, 16, 64, 256)) + ("64xlognormal",)
+BASELINES = "fa3_bf16,fa3_fp8,triton_attn,vllm_int4,turboquant_4bit_nc,turboquant_3bit_nc,xformers_int4,copy"
+OURS = "d128_b82,d128_b130,d128_b66,triton_d128_b82"
+ARMS: dict[str, Arm] = PEERS | LATENTS
 CACHE_BYTES = 300e6  # L2 is 50 MB; layers cycle through at least this much
+MEMORY_SHARE = 0.7  # of the free memory that an arm's caches may take: filling them takes some more
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,10 @@ def measure(arm: Arm, shape: Shape, repeats: int) -> dict[str, object]:
     """One row: microseconds per layer and bytes per second of the cache the arm reads."""
     token_bytes = arm.bytes_per_token(shape) * shape.num_kv_heads
     cache = sum(shape.lengths) * token_bytes
-    layers = max(2, min(64, math.ceil(CACHE_BYTES / cache)))
+    layers = max(1, min(64, math.ceil(CACHE_BYTES / cache)))
+    free = torch.cuda.mem_get_info()[0]
+    if layers * cache > MEMORY_SHARE * free:
+        raise RuntimeError(f"does not fit: {layers * cache / 1e9:.0f} GB of cache, {free / 1e9:.0f} GB free")
     step, calls = arm.prepare(shape, layers)
 
     def run() -> None:
@@ -86,34 +98,38 @@ def measure(arm: Arm, shape: Shape, repeats: int) -> dict[str, object]:
 def main(argv: Iterable[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--arms", default="fa3_bf16,fa3_fp8,d128_b82,d128_b130", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--sizes", default=",".join(SIZES), help='such as 64x8k,4xlognormal; "matrix" for all of them')
+    parser.add_argument("--arms", default=f"{BASELINES},{OURS}", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--heads", default="32/8/128", help="query heads / KV heads / head_dim")
     parser.add_argument("--query-len", type=int, default=1)
     parser.add_argument("--library", help="extension to load instead of the installed one")
     parser.add_argument("--csv", help="append rows here")
-    args = parser.parse_args(argv if argv is None else list(argv))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "benchmarks.decode_attention", *arguments])
     if args.library:
         torch.ops.load_library(args.library)
+    elif why := cuda_library.load():
+        print(why, flush=True)
     hq, hkv, dim = map(int, args.heads.split("/"))
-    rows = []
-    for size in args.sizes.split(","):
+    for size in MATRIX if args.sizes == "matrix" else args.sizes.split(","):
         shape = parse_size(size, num_heads=hq, num_kv_heads=hkv, head_dim=dim, query_len=args.query_len)
         group = []
         for name in args.arms.split(","):
             try:
                 row = measure(ARMS[name], shape, args.repeats)
-            except (ImportError, RuntimeError, AttributeError, TypeError) as e:
-                print(f"{size} {name}: not run: {str(e).splitlines()[0][:160]}", flush=True)
+            except Exception as e:  # an arm that cannot run here must not take the others with it
+                reason = (str(e) or type(e).__name__).splitlines()[0][:160]
+                print(f"{size} {name}: not run: {type(e).__name__}: {reason}", flush=True)
                 torch.cuda.empty_cache()
                 continue
-            group.append({"size": size, "batch": len(shape.lengths), "context": max(shape.lengths), **row})
+            group.append({"size": size, "batch": len(shape.lengths), "context": max(shape.lengths),
+                          "query_len": args.query_len, **row})  # fmt: skip
             torch.cuda.empty_cache()
         print(table(group), flush=True)
-        rows += group
-    if args.csv:
-        append(args.csv, rows)
+        if args.csv:
+            append(args.csv, group, command)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 FIELDS = (
-    "date", "device", "torch", "vllm", "batch", "context", "lengths", "format", "bits", "us", "gb_per_s", "vs_bf16",
-    "vs_fp8",
+    "date", "device", "torch", "vllm", "command", "batch", "context", "lengths", "query_len", "format", "bits", "us",
+    "gb_per_s", "vs_bf16", "vs_fp8",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def _version(name: str) -> str:
         return ""
 
 
-def append(path: str | Path, rows: list[dict]) -> None:
+def append(path: str | Path, rows: list[dict], command: str) -> None:
     """Append rows (of any number of sizes) to the results file, with its header if it is new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,10 @@ def append(path: str | Path, rows: list[dict]) -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "vllm": _version("vllm"),
+        "command": command,
     }
     with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS, extrasaction="ignore")
+        writer = csv.DictWriter(f, FIELDS, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
         for size in dict.fromkeys(r["size"] for r in rows):

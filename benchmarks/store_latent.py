@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import PLANS_BY_BITS, SHAPES, plan_of, random_codec
+from vllm_kqsvd.codec import LayerCodec
 from vllm_kqsvd.ops.cuda_library import available
 from vllm_kqsvd.ops.cuda_store import LatentStore
+from vllm_kqsvd.ops.interface import LayerShape
 from vllm_kqsvd.ops.rope_block import RopeSpec
 
 HEADS, DIM, BLOCK, WINDOW_BLOCK = 8, 128, 64, 16
@@ -62,6 +65,16 @@ def vllm_reshape() -> Callable[..., None] | None:
     return lambda k, v, kc, vc, slots: ops.reshape_and_cache_flash(k, v, kc, vc, slots, "auto", one, one)
 
 
+def triton_store(codec: LayerCodec) -> Callable[..., None] | None:
+    """Our Triton store (with window), or None where Triton does not run."""
+    from vllm_kqsvd.ops import triton
+
+    if not triton.available()[0]:
+        return None
+    shape = LayerShape(4 * HEADS, HEADS, DIM, BLOCK, WINDOW_BLOCK, DIM**-0.5, torch.bfloat16, 64)
+    return triton.TritonOps(codec, shape).store
+
+
 def arms(tokens: int, layers: int, bits: float) -> dict[str, list[Callable[[], None]]]:
     """Calls per arm, one per layer, each over inputs and caches of its own."""
     gen = torch.Generator().manual_seed(0)
@@ -79,7 +92,10 @@ def arms(tokens: int, layers: int, bits: float) -> dict[str, list[Callable[[], N
     near_slots = (near[:, None] * WINDOW_BLOCK + torch.arange(WINDOW_BLOCK)).flatten()[::step][:tokens].cuda()
     positions = torch.arange(tokens, device="cuda") + 1000
     reshape = vllm_reshape()
+    triton = triton_store(codec)
     out: dict[str, list[Callable[[], None]]] = {"latent": [], "latent+window": []}
+    if triton:
+        out["triton"] = []
     if reshape:
         out["vllm bf16"] = []
     for _ in range(layers):
@@ -91,6 +107,8 @@ def arms(tokens: int, layers: int, bits: float) -> dict[str, list[Callable[[], N
         bound = (key, value, pages)
         out["latent"].append(lambda b=bound: store.store(*b, None, slots, None, positions))
         out["latent+window"].append(lambda b=bound, w=window: store.store(*b, w, slots, near_slots, positions))
+        if triton:
+            out["triton"].append(lambda b=bound, w=window: triton(*b, w, slots, near_slots, positions))
         if reshape:
             cache = torch.empty(2, blocks, BLOCK, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
             out["vllm bf16"].append(lambda k=key, v=value, c=cache: reshape(k, v, c[0], c[1], slots))
@@ -101,8 +119,10 @@ def main() -> None:
     """Print the table and append it to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 4.0], choices=sorted(PLANS_BY_BITS))
     args = parser.parse_args()
+    command = shlex.join(["python", "-m", "benchmarks.store_latent", *sys.argv[1:]])
     usable, why = available()
     if not usable:
         sys.exit(f"cannot measure: {why}")
@@ -110,19 +130,19 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}; us per layer, median (p10-p90)")
     rows = []
     for bits in args.bits:
-        for tokens in TOKENS:
+        for tokens in args.tokens:
             layers = max(4, min(64, 2**27 // (tokens * 4096)))  # 128 MB of rows and more: past L2
             for name, calls in arms(tokens, layers, bits).items():
                 median, low, high = time_graph(calls)
                 print(f"{bits} bits {tokens:6d} tokens  {name:14s} {median:8.2f} ({low:.2f}-{high:.2f})", flush=True)
                 date = datetime.date.today().isoformat()
-                rows.append((date, device, torch.__version__, bits, tokens, name, round(median, 2)))
+                rows.append((date, device, torch.__version__, command, bits, tokens, name, round(median, 2)))
     if args.csv:
         new = not args.csv.exists()
         with args.csv.open("a", newline="") as f:
-            writer = csv.writer(f)
+            writer = csv.writer(f, lineterminator="\n")
             if new:
-                writer.writerow(("date", "device", "torch", "bits", "tokens", "arm", "us"))
+                writer.writerow(("date", "device", "torch", "command", "bits", "tokens", "arm", "us"))
             writer.writerows(rows)
 
 
