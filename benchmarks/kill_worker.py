@@ -31,7 +31,19 @@ def ask(model: str, tokens: int, timeout: float) -> str:
 
 def start(model: str, projection: str) -> tuple[subprocess.Popen, float]:
     """A TP 2 server and the seconds it took to answer."""
-    command = ["vllm", "serve", model, "--tensor-parallel-size", "2", "--port", str(PORT), "--max-model-len", "2048"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        model,
+        "--tensor-parallel-size",
+        "2",
+        "--port",
+        str(PORT),
+        "--max-model-len",
+        "2048",
+    ]
     command += ["--gpu-memory-utilization", "0.3", "--attention-backend", "CUSTOM", "--enforce-eager"]
     command += ["--additional-config", json.dumps({"kqsvd": {"projection": projection}})]
     server = subprocess.Popen(command, stdout=LOG.open("w"), stderr=subprocess.STDOUT)
