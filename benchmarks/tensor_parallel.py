@@ -29,8 +29,9 @@ PROMPTS = [
 ]
 
 
-def engine_options(model: str, projection: str | None, size: int, executor: str) -> dict:
+def engine_options(options: argparse.Namespace) -> dict:
     """LLM(...) keyword arguments."""
+    model, projection, size, executor = options.model, options.projection, options.size, options.executor
     kw: dict = {
         "model": model,
         "max_model_len": 2048,
@@ -41,6 +42,8 @@ def engine_options(model: str, projection: str | None, size: int, executor: str)
     }
     if size > 1:
         kw["distributed_executor_backend"] = executor
+    if options.compilation:
+        kw["compilation_config"] = json.loads(options.compilation)
     if projection:
         kw |= {"attention_backend": "CUSTOM", "additional_config": {"kqsvd": {"projection": projection}}}
     return kw
@@ -51,7 +54,7 @@ def generate(options: argparse.Namespace) -> dict:
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
-    llm = LLM(**engine_options(options.model, options.projection, options.size, options.executor))
+    llm = LLM(**engine_options(options))
     ready = time.perf_counter() - start
     tokenizer = llm.get_tokenizer()
     filler = Path(__file__).with_name("tensor_parallel.py").read_text()  # a prompt longer than the exact window
@@ -85,6 +88,7 @@ def run(options: argparse.Namespace, projection: str | None, size: int, executor
     """An arm in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.tensor_parallel", options.model, "--arm"]
     command += ["--size", str(size), "--executor", executor] + (["--projection", projection] if projection else [])
+    command += ["--compilation", options.compilation] if options.compilation else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = [x[7:] for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if not lines:
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--projections", nargs="*", default=[])
     parser.add_argument("--executors", nargs="+", default=["mp", "ray"])
+    parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
     parser.add_argument("--kill", action="store_true", help="also kill a worker of a server with the last projection")
     parser.add_argument("--arm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--projection", help=argparse.SUPPRESS)
