@@ -43,7 +43,7 @@ def torch_folder() -> Path | None:
 def cuda_sources() -> list[str]:
     """Every translation unit under csrc/, in path order; of the decode kernels those that are asked for."""
     names = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".cu"})
-    wanted = [x for x in os.environ.get("KQSVD_DECODE_KERNELS", "").replace(",", ";").split(";") if x]
+    wanted = [x for x in re.split("[,; ]+", os.environ.get("KQSVD_DECODE_KERNELS", "")) if x]
     if not wanted:
         return names
     return [n for n in names if "/decode_d" not in n or any(x in n for x in wanted)]
@@ -130,6 +130,7 @@ setup(
     package_data={"vllm_kqsvd": ["py.typed"]},
     entry_points={
         "vllm.general_plugins": ["kqsvd = vllm_kqsvd.plugin:register"],
+        "vllm.stat_logger_plugins": ["kqsvd = vllm_kqsvd.metrics:KQSVDStatLogger"],
         "console_scripts": ["kqsvd = vllm_kqsvd.cli:main"],
     },
     ext_modules=[Extension("vllm_kqsvd._C", cuda_sources(), py_limited_api=True)] if with_cuda else [],
