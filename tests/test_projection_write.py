@@ -60,6 +60,7 @@ def test_failure_at_any_step_keeps_the_old_folder(tmp_path: Path, monkeypatch: p
 
 def test_interrupted_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = save_projection(tiny_projection(), tmp_path / "p")
+    monkeypatch.setattr(projection_write, "_exchange", lambda *_: False)  # as on a file system that cannot
     real, calls = os.rename, []
 
     def rename(a: object, b: object) -> None:

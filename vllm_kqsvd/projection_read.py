@@ -44,21 +44,50 @@ SIDE_TENSORS = ("encode", "decode", "scale_weight", "guard_weight", "mean_basis"
 def read_folder(folder: Path) -> Projection:
     """See `projection.load_projection`."""
     try:
-        return _read(folder)
+        return _read_present(folder)
     except ProjectionFileError as e:
-        raise ProjectionFileError(f"projection {folder}: {e}") from e
+        raise ProjectionFileError(f"projection {folder}: {printable(str(e))}") from e
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL byte
-        reason = getattr(e, "strerror", None) or str(e)[:80]
+        reason = getattr(e, "strerror", None) or printable(str(e)[:80])
         raise ProjectionFileError(f"projection {folder}: cannot be read ({reason})") from e
 
 
-def _read(folder: Path) -> Projection:
-    if not folder.is_dir():
-        raise ProjectionFileError("no such folder; give one written by `kqsvd calibrate`")
-    file = folder / TENSOR_FILE
-    if not file.exists():
-        raise ProjectionFileError(f"has no {TENSOR_FILE}; give a folder written by `kqsvd calibrate`")
-    with _open_regular(file) as f:
+def printable(text: str) -> str:
+    """The text with control characters escaped: what a file holds must not steer a terminal or forge log lines."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _read_present(folder: Path) -> Projection:
+    """Read the folder that has the name now; again if another took its place meanwhile (`kqsvd calibrate` does)."""
+    for last in (False, False, True):
+        try:
+            at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise ProjectionFileError("no such folder; give one written by `kqsvd calibrate`") from e
+        try:
+            return _read(at)
+        except (ProjectionFileError, OSError):
+            if last or _is_still(folder, at):
+                raise
+        finally:
+            os.close(at)
+    raise AssertionError("unreachable")
+
+
+def _is_still(folder: Path, at: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(at))
+    except OSError:
+        return False
+
+
+def _read(folder: int) -> Projection:
+    """Both files through one descriptor of their folder, so that they belong together."""
+    try:
+        file = _open_regular(TENSOR_FILE, folder)
+    except FileNotFoundError as e:
+        raise ProjectionFileError(f"has no {TENSOR_FILE}; give a folder written by `kqsvd calibrate`") from e
+    with file as f:
         raw, start, data_bytes = _raw_header(f)
         metadata = raw.pop("__metadata__", None)
         if not isinstance(metadata, dict) or not isinstance(metadata.get(FORMAT), str):
@@ -66,7 +95,7 @@ def _read(folder: Path) -> Projection:
         data = parse_json(metadata[FORMAT])
         header = parse_header(data)
         check_declared(raw, header, data_bytes)
-        _check_config(folder / CONFIG_FILE, data)
+        _check_config(folder, data)
         f.seek(0)
         content = f.read(start + data_bytes)  # a copy: the file may change under us, a mapping would too
     try:
@@ -78,12 +107,12 @@ def _read(folder: Path) -> Projection:
     return assemble(header, tensors)
 
 
-def _open_regular(file: Path) -> BinaryIO:
+def _open_regular(name: str, folder: int) -> BinaryIO:
     """Open for reading; a pipe, device or folder is refused at once. Symbolic links are followed."""
-    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise ProjectionFileError(f"{file.name} is not a regular file")
+        raise ProjectionFileError(f"{name} is not a regular file")
     return os.fdopen(fd, "rb")
 
 
@@ -136,11 +165,11 @@ def check_declared(raw: dict[str, Any], header: Header, data_bytes: int) -> None
         raise fail(f"{TENSOR_FILE} is truncated or too long: {data_bytes} bytes of tensors, {end} declared")
 
 
-def _check_config(file: Path, data: dict[str, Any]) -> None:
+def _check_config(folder: int, data: dict[str, Any]) -> None:
     """kqsvd_config.json, where it is there, says the same as the header."""
-    if not file.exists() and not file.is_symlink():
+    if CONFIG_FILE not in os.listdir(folder):
         return
-    with _open_regular(file) as f:
+    with _open_regular(CONFIG_FILE, folder) as f:
         text = f.read(MAX_HEADER_BYTES + 1)
     if canonical(parse_json(text)) != canonical(data):
         raise fail(f"{CONFIG_FILE} and the header of {TENSOR_FILE} differ")

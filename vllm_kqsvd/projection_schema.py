@@ -24,6 +24,7 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_ROPE_BLOCK = 1024, 1024, 1024, 1 << 16
 MAX_GROUPS, MAX_PLANES = MAX_HEAD_DIM // GROUP, 128  # 128 half planes fill 64 groups of 8 bits
 MAX_TENSOR_BYTES = 4 << 30
+MAX_DEPTH = 32  # of nested JSON
 ROPE_MODES = ("page", "pre", "post", "none")
 SIDES = ("k", "v")
 _NAME = re.compile(r"[A-Za-z0-9_.+\-]{1,256}")
@@ -78,7 +79,12 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
         raise fail(f"the JSON cannot be parsed ({str(e)[:80] or type(e).__name__})") from e
     if not isinstance(data, dict):
         raise fail("the JSON is not an object")
-    return data
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
+        if not level:
+            return data
+    raise fail(f"the JSON is nested deeper than {MAX_DEPTH}")
 
 
 def canonical(data: dict[str, Any]) -> bytes:
@@ -99,7 +105,7 @@ def parse_header(data: dict[str, Any]) -> Header:
         )
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ProjectionFileError(
-            f"the file has schema version {str(data.get('schema_version'))[:40]}, this vllm_kqsvd reads "
+            f"the file has schema version {repr(data.get('schema_version'))[:40]}, this vllm_kqsvd reads "
             f"version {SCHEMA_VERSION}; calibrate again, or use the vllm_kqsvd version that wrote the file"
         )
     model = _get(data, "model", dict)
@@ -189,6 +195,10 @@ def _rope(data: dict[str, Any], head_dim: int) -> tuple[int, bool, str, dict[str
     parameters = _get(data, "parameters", dict)
     if not _is_number(parameters.get("attention_factor")) or parameters["attention_factor"] <= 0:
         raise fail("a RoPE setting has no positive attention_factor")
+    for name, value in parameters.items():
+        flat = value if isinstance(value, list) else [value]
+        if not _NAME.fullmatch(name) or len(flat) > 16 or not all(type(x) is bool or _is_number(x) for x in flat):
+            raise fail(f"RoPE parameter {name[:40]!r} is not a number, a truth value or a short list of them")
     return rotary_dim, _get(data, "interleaved", bool), kind, parameters
 
 
@@ -207,8 +217,8 @@ def _layer(data: dict[str, Any], index: int, rope: list[tuple[int, bool, str, di
     head_dim = _int(data, "head_dim", GROUP, MAX_HEAD_DIM)
     if head_dim % GROUP or rope[at][0] > head_dim:
         raise fail(f"layer {index} has head_dim {head_dim} with {rope[at][0]} rotated dimensions")
-    longest = data.get("max_position")
-    if longest is not None:
+    longest = None
+    if data.get("max_position", ...) is not None:  # null where the frame does not depend on it, but never absent
         longest = _int(data, "max_position", 1, 1 << 40)
     plan = {side: _plan(data.get(side), index, side) for side in SIDES}
     if any(p.rank > head_dim for p in plan.values()):

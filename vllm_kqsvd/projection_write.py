@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing of a projection folder: under a temporary name beside the final one, synced, then renamed."""
+"""Writing of a projection folder: under a temporary name beside the final one, synced, then renamed.
+
+Whoever reads meanwhile, or after a kill at any point, finds the old projection or the new one under the final name.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +44,7 @@ from vllm_kqsvd.projection_schema import (
 
 CARD_FILE, PLOT_FILE = "README.md", "spectrum.png"
 FILES = frozenset((TENSOR_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE))
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
 def to_json(projection: Projection) -> dict[str, Any]:
@@ -122,8 +130,11 @@ def _write(projection: Projection, folder: Path) -> str:
     _self_check(projection, data, tensors)
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    lock = os.open(work, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends or has finished: see _remove_abandoned
         text = canonical(data).decode()
         save_file(tensors, work / TENSOR_FILE, metadata={FORMAT: text})
         (work / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
@@ -136,7 +147,8 @@ def _write(projection: Projection, folder: Path) -> str:
         _replace(work, folder)
         _sync(folder.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)  # what was not finished, or the projection that was replaced
+        os.close(lock)
     return str(data["digest"])
 
 
@@ -179,19 +191,48 @@ def _refuse_foreign(folder: Path) -> None:
         raise ProjectionFileError(f"exists and holds other files ({', '.join(foreign[:3])}); choose another --output")
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what writers of this folder left that were killed; a living one holds its lock."""
+    for work in folder.parent.glob(f".{glob_escape(folder.name)}.????????.tmp"):
+        try:
+            fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+
 def _replace(work: Path, folder: Path) -> None:
-    """Give `work` the final name; an older projection is moved aside first and put back on failure."""
+    """Give `work` the final name; `work` then names the older projection, if there was one."""
     if not folder.exists() or not any(folder.iterdir()):
         os.rename(work, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-    os.rename(folder, old)
-    try:
-        os.rename(work, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange(work, folder):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+        os.rename(folder, old)
+        try:
+            os.rename(work, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the file system or the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def _sync(path: Path) -> None:
