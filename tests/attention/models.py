@@ -57,14 +57,16 @@ def _faithful(side: SideCodec) -> SideCodec:
     )
 
 
-def write_projection(folder: Path, model: Path, bits: int = 8, rope_mode: str = "page", layers: int = LAYERS) -> Path:
+def write_projection(
+    folder: Path, model: Path, bits: int = 8, rope_mode: str = "page", layers: int = LAYERS, head_dim: int = HEAD_DIM
+) -> Path:
     """A projection folder for `model` with `bits` bits in every channel."""
-    groups = side_plan(*[bits] * (HEAD_DIM // 16))
+    groups = side_plan(*[bits] * (head_dim // 16))
     block = {"page": 32, "pre": 1}.get(rope_mode, 0)
     fingerprint = ModelFingerprint.from_hf(model)
     entries = {}
     for i in range(layers):
-        codec = random_codec(LayerPlan(groups, groups), KV_HEADS, HEAD_DIM, block, seed=i)
+        codec = random_codec(LayerPlan(groups, groups), KV_HEADS, head_dim, block, seed=i)
         codec = replace(codec, k=_faithful(codec.k), v=_faithful(codec.v), rope=fingerprint.rope[0].spec())
         position = 2048 if rope_mode == "post" else None
         entries[i] = LayerEntry(
