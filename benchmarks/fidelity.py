@@ -4,8 +4,8 @@
     python -m benchmarks.fidelity MODEL --data FILE... [--projection DIR...] [--methods NAME...] [--context 2048]
 
 Every method is measured twice: with the same exact first 4 tokens and last 64 (ours: class-bit sinks and the
-window), and with nothing exact. The prompt is prefilled exactly and stored; the last quarter of each window is decoded
-from the cache. One row per text and method is appended to benchmarks/results/fidelity.csv.
+window), and with nothing exact. The prompt is prefilled exactly and stored; the last tokens of each window (a quarter,
+or --scored) are decoded from the cache. One row per text and method is appended to benchmarks/results/fidelity.csv.
 """
 
 from __future__ import annotations
@@ -44,16 +44,23 @@ def peer_codecs(num_layers: int, ours: Projection | None, device: str = "cpu") -
     turbo = [peers.TurboQuantCodec(b) for b in (4, 3)]
     boundary = peers.boundary_layers(num_layers)
     codecs = [
+        peers.Bf16Codec(),
         peers.Fp8Codec(),
+        peers.SkipLayers(peers.Fp8Codec(), boundary, num_layers, "fp8-boundary16"),
         peers.Int4PerTokenHeadCodec(),
         peers.KiviCodec(4),
         peers.Nvfp4Codec(),
         *(peers.SkipLayers(codec, boundary, num_layers) for codec in turbo),
+        *(peers.SkipLayers(codec, (), num_layers, f"{codec.name}-all-layers") for codec in turbo),
         *(peers.RotatedLloydMaxCodec(b) for b in (4, 3)),
     ]
     if ours:
         layers = {i: entry.codec.to(device) for i, entry in ours.layers.items()}
-        rivals = [peers.Fp8Codec(), *(peers.RotatedLloydMaxCodec(b) for b in (4, 3, 2))]
+        rivals = [
+            peers.Fp8Codec(),
+            peers.Int4PerTokenHeadCodec(),
+            *(peers.RotatedLloydMaxCodec(b) for b in (4, 3, 2)),
+        ]
         codecs += [peers.CentredCodec(codec, layers) for codec in rivals]
     return {codec.name: codec for codec in codecs}
 
@@ -89,12 +96,15 @@ def main() -> None:
     codecs = peer_codecs(config.num_hidden_layers, next(iter(folders.values()), None), device)
     if options.methods is not None:
         codecs = {name: codec for name, codec in codecs.items() if name in options.methods}
-    scored = options.context // 4
+    scored = options.scored or options.context // 4
     prefill = 0 if options.chunk else options.context - scored
     todo = settings(codecs, folders, prefill, options.chunk, device)
     windows = []
     for path in options.data:
-        windows += text_windows(read_text(path), path.stem, tokenizer, options.context, options.windows, scored)
+        name = f"{path.stem} (chat)" if options.chat else path.stem
+        windows += text_windows(
+            read_text(path), name, tokenizer, options.context, options.windows, scored, options.chat
+        )
     scores: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for window, name, score in run_windows(model, windows, todo):
         scores[window.text, name].append(score)
@@ -180,6 +190,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="peers to run (default: all; none: only ours)")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2, help="windows per text")
+    parser.add_argument("--scored", type=int, help="last tokens of a window that are scored (default: a quarter)")
+    parser.add_argument("--chat", action="store_true", help="put the texts into the model's chat template")
     parser.add_argument("--chunk", type=int, default=0, help="prefill in steps of so many tokens; 0: exact prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")

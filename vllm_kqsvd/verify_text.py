@@ -13,6 +13,7 @@ from vllm_kqsvd.errors import ConfigError
 from vllm_kqsvd.verify_harness import Window
 
 CHARACTERS_PER_TOKEN = 12  # generous: a window is tokenized from so many characters per token
+TURN_CHARACTERS = 2000  # of a message, where a text is put into a chat template
 
 
 def read_text(path: Path) -> str:
@@ -26,14 +27,19 @@ def read_text(path: Path) -> str:
     return text
 
 
-def text_windows(text: str, name: str, tokenizer, context: int, count: int, scored: int) -> list[Window]:
+def text_windows(
+    text: str, name: str, tokenizer, context: int, count: int, scored: int, chat: bool = False
+) -> list[Window]:
     """`count` windows of `context` tokens at evenly spread line starts; the last `scored` of each are predicted.
 
-    The tokenizer's own leading special tokens (a BOS where the model has one) open every window. Raises
-    ConfigError if the text is too short for windows that do not overlap.
+    The tokenizer's own leading special tokens (a BOS where the model has one) open every window. `chat`: the text as
+    alternating turns of user and assistant in the tokenizer's chat template instead. Raises ConfigError if the text is
+    too short for windows that do not overlap.
     """
     if not 0 < scored < context:
         raise ConfigError(f"{scored} scored tokens of {context} asked for; score fewer than the context")
+    if chat:
+        return _chat_windows(text, name, tokenizer, context, count, scored)
     opening = list(tokenizer("").input_ids)
     windows, free = [], 0
     for i in range(count):
@@ -47,6 +53,24 @@ def text_windows(text: str, name: str, tokenizer, context: int, count: int, scor
         ids = opening + list(coded.input_ids[:need])
         free = start + coded.offset_mapping[need - 1][1]
         windows.append(Window(torch.tensor(ids), name, context - scored))
+    return windows
+
+
+def _chat_windows(text: str, name: str, tokenizer, context: int, count: int, scored: int) -> list[Window]:
+    """Windows of equal parts of the text, each in the chat template from its beginning."""
+    windows = []
+    for i in range(count):
+        part = text[len(text) * i // count : len(text) * (i + 1) // count][: CHARACTERS_PER_TOKEN * context]
+        turns = [part[at : at + TURN_CHARACTERS] for at in range(0, len(part), TURN_CHARACTERS)]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = list(tokenizer(prompt, add_special_tokens=False).input_ids)
+        if len(ids) < context:
+            raise ConfigError(
+                f"text {name} is too short: {len(ids)} tokens as a chat for a window of {context}; "
+                "give a longer --data file, a smaller --context or fewer --windows"
+            )
+        windows.append(Window(torch.tensor(ids[:context]), name, context - scored))
     return windows
 
 

@@ -8,7 +8,7 @@ to its 16-bit model dtype, these do not, which favours them slightly.
 from __future__ import annotations
 
 from benchmarks.peers.centred import CentredCodec
-from benchmarks.peers.fp8 import Fp8Codec
+from benchmarks.peers.fp8 import Bf16Codec, Fp8Codec
 from benchmarks.peers.int4 import Int4PerTokenHeadCodec
 from benchmarks.peers.kivi import KiviCodec
 from benchmarks.peers.nvfp4 import Nvfp4Codec
@@ -16,6 +16,7 @@ from benchmarks.peers.skip import SkipLayers, boundary_layers
 from benchmarks.peers.turboquant import RotatedLloydMaxCodec, TurboQuantCodec
 
 __all__ = [
+    "Bf16Codec",
     "CentredCodec",
     "Fp8Codec",
     "Int4PerTokenHeadCodec",

@@ -15,9 +15,9 @@ def boundary_layers(num_layers: int, n: int = 2) -> frozenset[int]:
 class SkipLayers:
     """`codec` on every layer but `layers`."""
 
-    def __init__(self, codec, layers: Collection[int], num_layers: int) -> None:
+    def __init__(self, codec, layers: Collection[int], num_layers: int, name: str = "") -> None:
         self.codec, self.layers, self.num_layers = codec, frozenset(layers), num_layers
-        self.name, self.group_tokens = codec.name, codec.group_tokens
+        self.name, self.group_tokens = name or codec.name, codec.group_tokens
 
     def bits(self, head_dim: int) -> float:
         """Average over the layers, 16 bits for the skipped ones."""
