@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +70,31 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+@contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Keep other calibrations out of a partial folder, until this block or this process ends.
+
+    Raises CalibrationError if one is there, or if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise CalibrationError(
+            f"cannot save the growing statistics in {folder}: {e}; free some space or choose another --output"
+        ) from e
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise CalibrationError(
+                f"another calibration is writing to {folder} ({e.strerror}); wait for its end or choose another --output"
+            ) from e
+        yield
+    finally:
+        os.close(fd)
+
+
 def calibrate(
     model_dir: str | Path,
     data: Sequence[str | Path],
@@ -114,20 +142,21 @@ def collect_statistics(
         "collect": dataclasses.asdict(collect),
     }
     path = partial_folder(Path(output)) / STATISTICS_FILE if output is not None else None
-    if path and resume and path.exists():
-        statistics = Statistics.load(path, identity, device)
-        logger.info("going on after window %d of %d", statistics.steps_done, collector.num_steps)
-    else:
-        statistics = collector.start(identity)
+    with only_user(path.parent) if path else nullcontext():
+        if path and resume and path.exists():
+            statistics = Statistics.load(path, identity, device)
+            logger.info("going on after window %d of %d", statistics.steps_done, collector.num_steps)
+        else:
+            statistics = collector.start(identity)
+            if path:
+                statistics.save(path)  # an output that cannot be written shows now, not after the last window
+        if workers > 1 and statistics.steps_done == 0:
+            gpus = {"num_gpus": 1} if device.startswith("cuda") else {}
+            statistics = collect_with_ray(model_dir, data, collect, statistics, workers, device, **gpus)
+        else:
+            collector.run(statistics, range(statistics.steps_done, collector.num_steps), path)
         if path:
-            statistics.save(path)  # an output that cannot be written shows now, not after the last window
-    if workers > 1 and statistics.steps_done == 0:
-        gpus = {"num_gpus": 1} if device.startswith("cuda") else {}
-        statistics = collect_with_ray(model_dir, data, collect, statistics, workers, device, **gpus)
-    else:
-        collector.run(statistics, range(statistics.steps_done, collector.num_steps), path)
-    if path:
-        statistics.save(path)
+            statistics.save(path)
     return statistics, layers, corpus
 
 

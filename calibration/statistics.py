@@ -148,6 +148,7 @@ class Statistics:
             save_file(tensors, temporary, metadata={_METADATA_KEY: header})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as e:
+            temporary.unlink(missing_ok=True)  # on a full disk it would only be in the way
             raise CalibrationError(
                 f"cannot save the growing statistics in {path.parent}: {e}; free some space or choose another --output"
             ) from e
@@ -159,21 +160,28 @@ class Statistics:
             with safe_open(path, "pt") as f:
                 header = json.loads((f.metadata() or {})[_METADATA_KEY])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, KeyError, ValueError, SafetensorError) as e:
+            found, steps = header["options"], int(header["steps_done"])
+            if options is None or found == json.loads(json.dumps(options)):
+                return cls(_layers_from(tensors, device), found, steps)
+        except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as e:
             raise CalibrationError(
-                f"{path} is not a statistics file: {e}; delete it or calibrate without --resume"
+                f"{path} is not a statistics file ({type(e).__name__}: {str(e)[:200]}); delete it or calibrate "
+                "without --resume"
             ) from e
-        if options is not None and header["options"] != json.loads(json.dumps(options)):
-            raise CalibrationError(
-                f"{path} was made with other options or data; calibrate without --resume to start over"
-            )
-        layers = []
-        for i in range(1 + max(int(n.split(".")[0]) for n in tensors)):
-            mine = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            proto = {s: Prototypes(mine.pop(f"{s}_proto_mean"), mine.pop(f"{s}_proto_sink")) for s in ("k", "v")}
-            heads, dim = mine["q_gram"].shape[:2]
-            layer = LayerStatistics(heads, dim, proto, device)
-            layer.samples = {n: [mine.pop(n)] if n in mine else [] for n in layer.samples}
-            layer.sums = {n: t.to(device) for n, t in mine.items()}
-            layers.append(layer)
-        return cls(layers, header["options"], header["steps_done"])
+        raise CalibrationError(f"{path} was made with other options or data; calibrate without --resume to start over")
+
+
+def _layers_from(tensors: dict[str, torch.Tensor], device: torch.device | str) -> list[LayerStatistics]:
+    """The layers of a file of `Statistics.save`. Raises KeyError or ValueError where it is not one."""
+    layers = []
+    for i in range(1 + max(int(n.split(".")[0]) for n in tensors)):
+        mine = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
+        proto = {s: Prototypes(mine.pop(f"{s}_proto_mean"), mine.pop(f"{s}_proto_sink")) for s in ("k", "v")}
+        heads, dim = mine["q_gram"].shape[:2]
+        layer = LayerStatistics(heads, dim, proto, device)
+        layer.samples = {n: [mine.pop(n)] if n in mine else [] for n in layer.samples}
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in layer.sums.items()}:
+            raise ValueError(f"layer {i} has other sums than this version collects")
+        layer.sums = {n: t.to(device) for n, t in mine.items()}
+        layers.append(layer)
+    return layers
