@@ -4,7 +4,7 @@
     python -m benchmarks.step_profile --arms auto fp8 kqsvd-2.5 --requests 48 [--steps 40]
 
 Requests start with their context in the cache (DecodeBenchConnector); once all run, `--steps` plain steps are timed and
-then a few are profiled. `host_ms` is what the engine's own work costs per step (scheduling, input preparation, metadata,
+then a few are profiled. `host_ms` is what the engine's own work costs per step (scheduling, inputs, metadata,
 launches): the median profiled step less the time it is blocked in CUDA. It is hidden while the GPU is busy longer.
 """
 
