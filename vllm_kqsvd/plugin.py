@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+from vllm_kqsvd.status import open_session
+
 BACKEND = "vllm_kqsvd.attention.backend.KQSVDBackend"
 CPU_DISPATCH = "vllm_kqsvd.cpu_dispatch.Backend"
 
@@ -28,6 +30,7 @@ def register() -> None:
             vllm.__version__,
         )
         return
+    open_session()
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if current_platform.is_cpu():
         # The CPU platform ignores the selected backend and resolves CPU_ATTN, which may be overridden;

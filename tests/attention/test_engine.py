@@ -67,11 +67,11 @@ def test_every_layer_has_latents_and_a_window(llm: Any) -> None:
 
 
 def test_report_agrees_with_vllm(llm: Any) -> None:
-    from vllm_kqsvd.attention.report import report_lines
+    from vllm_kqsvd.attention.report import report_lines, status_of
 
     config = llm.llm_engine.vllm_config
     impls = [x.impl for x in layers_of(llm).values() if hasattr(x, "impl")]
-    lines = "\n".join(report_lines(config, impls, config.cache_config.num_gpu_blocks))
+    lines = "\n".join(report_lines(config, impls, status_of(config, impls, config.cache_config.num_gpu_blocks)))
     assert f"{config.cache_config.kv_cache_size_tokens:,} instead of" in lines
     assert "780 bytes instead of 3,072 (3.94x), 8.12 bits per element" in lines
 

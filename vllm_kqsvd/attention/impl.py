@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionLayer
 
+    from vllm_kqsvd.attention.nan_guard import NanGuard
     from vllm_kqsvd.codec import LayerCodec
 
 
@@ -75,6 +76,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self.model_config = config.model_config
         self.name = ""
         self.codec: LayerCodec | None = None
+        self.self_test_error: float | None = None  # None: not tested
+        self.nan_guard: NanGuard | None = None  # the last layer has one
         self._ops: LayerOps | None = None
         self.window_spec: window.WindowSpec  # with the ops
         self._bound: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -147,7 +150,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         use_flash_attention(self._ops)
         self._ops.reserve(config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
         if self.config.self_test:
-            check_layer(self._ops, codec, self.device, self.name)
+            self.self_test_error = check_layer(self._ops, codec, self.device, self.name)
         self.window_spec = window.WindowSpec(
             block_size=size,
             num_kv_heads=self.num_kv_heads,
@@ -209,6 +212,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         step = attn_metadata.with_window(shadow)
         latent, exact = self._pages(kv_cache)
         self.ops.attend(query, key, value, latent, exact, step, output)
+        if self.nan_guard is not None:
+            self.nan_guard.count(output[: step.num_tokens], step.query_start_loc)
         if self.config.check_nan and not bool(torch.isfinite(output[: step.num_tokens]).all()):
             raise KernelError(
                 f"layer {self.name!r} ({self.ops.name}) returned values that are not finite; "

@@ -72,7 +72,7 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         self._init_reorder_batch_threshold(longest, supports_spec_as_decode=False)
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self._positions = torch.zeros(size, dtype=torch.int64, device=device)
-        announce(vllm_config, impls)
+        self._nan_guard = announce(vllm_config, impls)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -89,6 +89,8 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> KQSVDMetadata:
         """Metadata of one step. `plan_step` of the ops, if there is one, runs here once (device work only)."""
+        if self._nan_guard is not None:
+            self._nan_guard.poll()
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold or 1
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)

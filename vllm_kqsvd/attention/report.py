@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from vllm_kqsvd.attention.nan_guard import NanGuard
 from vllm_kqsvd.attention.window import check_pool
+from vllm_kqsvd.status import RankStatus, publish
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,34 +21,60 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kqsvd")
 
 
-def report_lines(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> list[str]:
-    """Lines of the report for one rank; capacities count windows and vLLM's null block."""
+def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> RankStatus:
+    """This rank's numbers; capacities count windows and vLLM's null block."""
     first = impls[0]
     shape, spec = first.ops.shape, first.window_spec
     block = shape.block_size
     exact = sum(2 * i.num_kv_heads * i.head_size * i.dtype.itemsize for i in impls)
     latent = sum(i.num_kv_heads * i.ops.codec.plan.bytes_per_token for i in impls)
-    page = block * latent
     window_blocks = spec.max_memory_usage_bytes(config) // spec.page_size_bytes
     longest = config.model_config.max_model_len
-    per_request = -(-longest // block) + window_blocks
-    tokens = num_blocks * longest // per_request
-    plain = num_blocks * page // (block * exact) * block
+    tested = [i.self_test_error for i in impls if i.self_test_error is not None]
+    parallel = config.parallel_config
+    pipeline, tensor = get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
+    return RankStatus(
+        engine=parallel.data_parallel_index,
+        rank=pipeline * parallel.tensor_parallel_size + tensor,
+        pipeline_rank=pipeline,
+        tensor_rank=tensor,
+        digest=first.digest,
+        kernels=", ".join(sorted({i.ops.name for i in impls})),
+        layers=dict(Counter(f"{i.rope_mode}/{i.ops.name}" for i in impls)),
+        latent_bytes=latent,
+        exact_bytes=exact,
+        bits_per_element=8 * latent / (exact / first.dtype.itemsize),
+        block_size=block,
+        window=shape.window,
+        window_block_size=shape.window_block_size,
+        window_blocks=window_blocks,
+        num_blocks=num_blocks,
+        kv_tokens=num_blocks * longest // (-(-longest // block) + window_blocks),
+        kv_tokens_exact=num_blocks * block * latent // (block * exact) * block,
+        max_model_len=longest,
+        self_test={"passed": len(tested), "skipped": len(impls) - len(tested)},
+        self_test_error=max(tested, default=0.0),
+    )
+
+
+def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus) -> list[str]:
+    """Lines of the report for one rank."""
+    first, page = impls[0], status.block_size * status.latent_bytes
+    latent, exact, plain = status.latent_bytes, status.exact_bytes, status.kv_tokens_exact
     modes = ", ".join(sorted({i.rope_mode for i in impls}))
     world = config.parallel_config.tensor_parallel_size
     slower = sorted({reason for i in impls for reason in i.ops.passed_over})
-    kernels = ", ".join(sorted({i.ops.name for i in impls}))
     return [
         "kqsvd: latent KV cache" + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
         f"  layers      {len(impls)} of {len(impls)} attention layers",
         f"  per token   {latent:,} bytes instead of {exact:,} ({exact / latent:.2f}x), "
-        f"{8 * latent / (exact / first.dtype.itemsize):.2f} bits per element, scales included",
-        f"  window      last {shape.window} positions exact: at most {window_blocks} blocks = "
-        f"{window_blocks * page / 2**20:.2f} MiB per running request",
-        f"  KV tokens   {tokens:,} instead of {plain:,} in the same memory ({tokens / max(plain, 1):.2f}x at "
-        f"{longest:,} tokens per request, windows counted)",
+        f"{status.bits_per_element:.2f} bits per element, scales included",
+        f"  window      last {status.window} positions exact: at most {status.window_blocks} blocks = "
+        f"{status.window_blocks * page / 2**20:.2f} MiB per running request",
+        f"  KV tokens   {status.kv_tokens:,} instead of {plain:,} in the same memory "
+        f"({status.kv_tokens / max(plain, 1):.2f}x at {status.max_model_len:,} tokens per request, windows counted)",
         f"  rope mode   {modes}",
-        f"  kernels     {kernels}; pages of {block} tokens, windows of {shape.window_block_size}",
+        f"  kernels     {status.kernels}; pages of {status.block_size} tokens, windows of {status.window_block_size}",
         *(f"  not used    {reason}" for reason in slower),
         f"  projection  {first.config.projection} (digest {first.digest[:16] or 'none'})",
     ]
@@ -63,15 +93,19 @@ def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
     return out
 
 
-def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> None:
-    """Check the block pool and log the report, once the real cache is there.
+def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> NanGuard | None:
+    """Check the block pool, log the report and publish it for /metrics, once the real cache is there.
 
-    vLLM has no block count yet while it profiles CUDA graphs.
+    vLLM has no block count yet while it profiles CUDA graphs. Returns the guard of the last layer, to be polled.
     """
     num_blocks = config.cache_config.num_gpu_blocks
     if num_blocks is None or not impls[0].is_first():
-        return
+        return None
     check_pool(impls[0].window_spec, impls[0].ops.shape.block_size, num_blocks, config)
-    logger.info("%s", "\n".join(report_lines(config, impls, num_blocks)))
+    status = status_of(config, impls, num_blocks)
+    logger.info("%s", "\n".join(report_lines(config, impls, status)))
     for line in warnings_of(config, impls[0].max_position):
         logger.warning("kqsvd: %s", line)
+    publish(status)
+    impls[-1].nan_guard = NanGuard(impls[-1].device, status)
+    return impls[-1].nan_guard
