@@ -88,7 +88,7 @@ def only_user(folder: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise CalibrationError(
-                f"another calibration is writing to {folder} ({e.strerror}); wait for its end or choose another --output"
+                f"another calibration is writing to {folder}; wait for its end or choose another --output"
             ) from e
         yield
     finally:
