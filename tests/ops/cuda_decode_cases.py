@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import random_codec
 from vllm_kqsvd.layout import layout_of
-from vllm_kqsvd.ops import reference
+from vllm_kqsvd.ops import cuda_library, reference
 from vllm_kqsvd.ops.cuda_decode import CudaDecode
 from vllm_kqsvd.ops.interface import LayerShape, Step
 from vllm_kqsvd.plan_catalog import PLANS
@@ -116,6 +116,8 @@ def decode_step(case: Case, device: torch.device) -> tuple[Step, dict[str, torch
 
 def run_case(case: Case, device: torch.device, repeats: int = 1) -> tuple[float, float, bool]:
     """(relative error of the whole output, of the worst head row, repeats bitwise equal) against float64."""
+    if why := cuda_library.load():
+        raise RuntimeError(why)
     step, t, shape, codec = decode_step(case, device)
     exact = case.window > 0
     kernel = CudaDecode(codec, shape, device, max_position=max(case.lengths))

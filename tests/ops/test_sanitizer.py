@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(TOOL is None, reason="needs compute-sanitizer"),
 ]
 # initcheck has to see every write, so it watches all kernels; the others watch ours alone.
-ONLY_OURS = ["--kernel-regex", "kns=kqsvd"]
+ONLY_OURS = ["--kernel-name", "kns=kqsvd"]
 
 
 def findings(report: str) -> list[str]:
