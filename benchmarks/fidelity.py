@@ -131,7 +131,7 @@ def table_row(
     program: str = "fidelity",
 ) -> dict:
     """One CSV row."""
-    packages = ("vllm_kqsvd", "torch", "transformers", *(("vllm",) if program == "fidelity_vllm" else ()))
+    packages = ("vllm_kqsvd", "torch", "transformers", *(("vllm",) if program != "fidelity" else ()))
 
     return {
         "date": datetime.date.today().isoformat(),
