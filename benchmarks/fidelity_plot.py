@@ -14,26 +14,30 @@ from pathlib import Path
 
 from benchmarks.fidelity import RESULTS
 
-OURS = "kqsvd"
 
-
-def family(method: str) -> str:
+def family(row: dict[str, str]) -> str:
     """Method name without its bit width: points of a family are joined by a line."""
-    if method.startswith(OURS):
-        return "vllm_kqsvd"
-    return re.sub(r"[-_]\d(bit)?(-g\d+)?(_nc)?$", "", method)
+    if row["sinks"] == "class":  # ours alone
+        return "vllm_kqsvd" + (" (compiled plans)" if row["method"].endswith("-catalogue") else "")
+    return re.sub(r"[-_]\d(bit)?(-g\d+)?(_nc)?(?=$|-all-layers)", "", row["method"])
 
 
 def points(rows: list[dict], window: bool) -> dict[str, list[tuple[float, float]]]:
     """(bits, KL averaged over texts) of every family, by bits. The latest row of a text and method counts."""
-    latest: dict[tuple[str, float], dict[str, float]] = defaultdict(dict)
+    latest: dict[tuple[str, str, float], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if (int(row["window"]) > 0) == window:
-            latest[row["method"], float(row["bits"])][row["text"]] = float(row["kl"])
+            latest[family(row), row["method"], float(row["bits"])][row["text"]] = float(row["kl"])
     out: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (method, bits), texts in latest.items():
-        out[family(method)].append((bits, sum(texts.values()) / len(texts)))
+    for (name, _, bits), texts in latest.items():
+        out[name].append((bits, sum(texts.values()) / len(texts)))
     return {name: sorted(found) for name, found in sorted(out.items())}
+
+
+def selected(row: dict[str, str], model: str, context: int) -> bool:
+    """Harness rows of plain text for one model and context, the uncompressed cache left out."""
+    plain = "(" not in row["method"] and "(" not in row["text"] and row["method"] != "bf16"
+    return plain and row["model"] == model and int(row["context"]) == context
 
 
 def main() -> None:
@@ -47,16 +51,12 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     with options.csv.open(newline="") as f:
-        rows = [
-            row
-            for row in csv.DictReader(f)
-            if row["model"] == options.model and int(row["context"]) == options.context and "(" not in row["method"]
-        ]
+        rows = [row for row in csv.DictReader(f) if selected(row, options.model, options.context)]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, window in zip(panels, (True, False), strict=True):
         for name, found in points(rows, window).items():
-            style = {"linewidth": 2.5, "color": "black"} if name == "vllm_kqsvd" else {"alpha": 0.8}
+            style = {"linewidth": 2.5, "color": "black"} if name == "vllm_kqsvd" else {"alpha": 0.7}
             panel.plot(*zip(*found, strict=True), "o-", label=name, **style)
         panel.set(yscale="log", xlabel="stored bits per element of K and V")
         panel.set_title("exact sinks and last 64 tokens" if window else "nothing exact")

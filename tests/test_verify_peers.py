@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.fidelity import peer_codecs
-from benchmarks.fidelity_plot import family
+from benchmarks.fidelity_plot import family, selected
 from benchmarks.peers.base import hadamard, round_min_max
 from benchmarks.peers.lloyd_max import gaussian_levels
 from tests.helpers import random_codec, side_plan
@@ -82,6 +82,15 @@ def test_min_max_rounding_hits_both_extremes():
 
 
 def test_plot_families_join_bit_widths():
-    names = ["fp8", "nvfp4", "kivi-4-g32", "turboquant_3bit_nc", "centred-turboquant-like-2", "kqsvd-smollm2-2.5bit"]
-    joined = ["fp8", "nvfp4", "kivi", "turboquant", "centred-turboquant-like", "vllm_kqsvd"]
-    assert [family(name) for name in names] == joined
+    names = ["fp8", "nvfp4", "kivi-4-g32", "turboquant_3bit_nc", "turboquant_4bit_nc-all-layers", "centred-like-2"]
+    joined = ["fp8", "nvfp4", "kivi", "turboquant", "turboquant-all-layers", "centred-like"]
+    assert [family({"method": name, "sinks": "4"}) for name in names] == joined
+    assert family({"method": "kqsvd-smollm2-2.5bit", "sinks": "class"}) == "vllm_kqsvd"
+    assert family({"method": "model-4bit-catalogue", "sinks": "class"}) == "vllm_kqsvd (compiled plans)"
+
+
+def test_plot_leaves_chats_and_served_rows_out():
+    row = {"method": "fp8", "text": "essays", "model": "m", "context": "2048"}
+    assert selected(row, "m", 2048)
+    for other in ({"method": "fp8 (vLLM)"}, {"text": "essays (chat)"}, {"model": "n"}, {"method": "bf16"}):
+        assert not selected({**row, **other}, "m", 2048)
