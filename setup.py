@@ -127,7 +127,7 @@ setup(
         *(f"vllm_kqsvd.calibration.{name}" for name in find_packages("calibration")),
     ],
     package_dir={"vllm_kqsvd.calibration": "calibration"},
-    package_data={"vllm_kqsvd": ["py.typed"]},
+    package_data={"vllm_kqsvd": ["py.typed", "decode_speed.json"]},
     entry_points={
         "vllm.general_plugins": ["kqsvd = vllm_kqsvd.plugin:register"],
         "vllm.stat_logger_plugins": ["kqsvd = vllm_kqsvd.metrics:KQSVDStatLogger"],

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from tests.projections import tiny_projection, write_model
-from vllm_kqsvd import __version__, cli, doctor
+from vllm_kqsvd import __version__, cli, doctor_checks
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.projection import ModelFingerprint, save_projection
 
@@ -113,7 +115,7 @@ def test_inspect_prints_a_table(model: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_doctor_finds_all_in_order(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "_plugin", lambda: [doctor.Check("plugin", "ok", "")])  # needs an installed package
+    monkeypatch.setattr(doctor_checks, "_plugin", lambda: [])  # needs an installed package
     assert cli.main(["doctor", "--model", str(model), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     status = {c["name"]: c["status"] for c in data["checks"]}
@@ -127,10 +129,10 @@ def test_doctor_finds_all_in_order(model: Path, capsys: pytest.CaptureFixture[st
 def test_doctor_fails_with_1_and_goes_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> list[doctor.Check]:
+    def broken() -> list[doctor_checks.Check]:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(doctor, "_implementations", broken)
+    monkeypatch.setattr(doctor_checks, "_implementations", broken)
     monkeypatch.setenv("HOME", str(tmp_path))
     other = write_model(tmp_path / "other", seed=1)
     assert cli.main(["doctor", "--model", str(other), "--projection", str(model / "kqsvd"), "--json"]) == 1
@@ -144,11 +146,31 @@ def test_doctor_fails_with_1_and_goes_on(
 
 
 def test_doctor_explains_an_invisible_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [])
-    (check,) = doctor._plugin()
-    assert check.status == "fail" and "vllm.general_plugins" in check.detail
-    entry = doctor.metadata.EntryPoint("kqsvd", "vllm_kqsvd.plugin:register", "vllm.general_plugins")
-    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [entry])
-    assert doctor._plugin()[0].status == "ok"
+    entries: list[EntryPoint] = []
+    monkeypatch.setattr(doctor_checks.metadata, "entry_points", lambda group: [e for e in entries if e.group == group])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    plugin, metrics = doctor_checks._plugin()
+    assert plugin.status == "fail" and "vllm.general_plugins" in plugin.detail and metrics.status == "warn"
+    entries.append(EntryPoint("kqsvd", "vllm_kqsvd.plugin:register", "vllm.general_plugins"))
+    entries.append(EntryPoint("kqsvd", "vllm_kqsvd.metrics:KQSVDStatLogger", "vllm.stat_logger_plugins"))
+    assert [c.status for c in doctor_checks._plugin()] == ["ok", "ok"]
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    assert doctor._plugin()[0].status == "fail"
+    assert doctor_checks._plugin()[0].status == "fail"
+
+
+def test_doctor_shows_no_secret_user_or_host(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(doctor_checks, "_user", lambda: "jdoe")
+    monkeypatch.setattr(doctor_checks.platform, "node", lambda: "jdoes-laptop")
+    monkeypatch.setattr(doctor_checks, "_registration", lambda: [])
+    shutil.copytree(model, tmp_path / "m")
+    folder = model.parent / "jdoe" / "p"  # outside the home folder
+    shutil.copytree(GOLDEN, folder)
+    cli.main(["doctor", "--model", str(tmp_path / "m"), "--projection", str(folder)])
+    text = capsys.readouterr().out
+    assert "VLLM_API_KEY" in text and "sk-very" not in text and str(tmp_path) not in text
+    assert "jdoe" not in text and "~/m" in text and "/$USER/p" in text
+    assert doctor_checks.private("on jdoes-laptop at /data/jdoe") == "on HOST at /data/$USER"

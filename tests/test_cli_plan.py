@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kqsvd plan: block arithmetic by hand, sizes, refusals."""
+"""kqsvd plan: block arithmetic by hand, sizes, refusals; memory and speed against measured rows."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from tests.projections import tiny_config, tiny_projection
-from vllm_kqsvd import cli
+from vllm_kqsvd import cli, decode_speed
 from vllm_kqsvd.capacity import BLOCK, WINDOW, latent, plain, plan_bytes
 from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.gpu_memory import usable
 from vllm_kqsvd.layout import TILE
 from vllm_kqsvd.plan_capacity import size
 from vllm_kqsvd.projection import save_projection
@@ -90,7 +92,7 @@ def test_memory_left_by_the_weights(model: Path, capsys: pytest.CaptureFixture[s
     argv = ["plan", str(model), "--gpu", "10GB", "--overhead", "1GB", "--utilization", "0.9", "--json"]
     assert cli.main([*argv, "--weights", "6GB", "--tp", "2"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["kv_memory"] == 5 * 2**30 and data["formats"][0]["bytes_per_token"] == 384
+    assert data["kv_memory"] == int(usable(10 * 2**30) * 0.9) - 4 * 2**30 and data["formats"][0]["bytes_per_token"] == 384
     assert cli.main(argv) == 1
     assert "--weights" in capsys.readouterr().err
     assert cli.main([*argv, "--weights", "8GB"]) == 1
@@ -106,3 +108,59 @@ def test_models_it_cannot_plan_are_refused(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(["plan", str(tmp_path / name), "--kv-memory", "1GB"]) == 1
         assert "whole context" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path), "--kv-memory", "1GB"]) == 1
+
+
+SERVING = Path(__file__).parents[1] / "benchmarks" / "results" / "serving.csv"
+FORMATS = {"auto": "bf16", "fp8": "fp8", "kqsvd-4": "kqsvd 4 bits", "kqsvd-2.5": "kqsvd 2.5 bits"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of an 8B Llama, the model of serving.csv."""
+    from benchmarks.shapes import model_folder
+
+    return model_folder("llama-3.1-8b", tmp_path_factory.mktemp("shapes"))
+
+
+def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
+    """Rows of the plan by name."""
+    assert cli.main(["plan", *argv, "--json"]) in (0, 1)
+    return {f["name"]: f for f in json.loads(capsys.readouterr().out)["formats"]}
+
+
+def test_kv_tokens_of_an_h100_within_one_percent(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with SERVING.open(newline="") as f:
+        rows = [r for r in csv.DictReader(f) if "decode_throughput" in r["command"] and r["format"] in FORMATS]
+    rows = [r for r in rows if r["model"] == "llama-3.1-8b" and "--gpu-memory" not in r["command"]]
+    assert {r["format"] for r in rows} == set(FORMATS)
+    for row in (r for r in rows if "H100 80GB" in r["device"] and r["tensor_parallel"] == "1"):
+        context = int(row["input_len"]) + int(row["output_len"]) + 16
+        argv = f"--gpu 80GB --utilization 0.85 --batched-tokens 16k --weights 14.96GB --context {context}".split()
+        got = planned([str(llama), *argv], capsys)[FORMATS[row["format"]]]["kv_tokens"]
+        assert abs(got / int(row["kv_tokens"]) - 1) < 0.01, f"{row['format']}: {got}, vLLM {row['kv_tokens']}"
+
+
+def test_speed_is_near_that_of_measured_steps(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # H100, vLLM 0.33, 2026-11-22, python -m benchmarks.step_profile: 23.62 ms for 48 in bf16, 23.84 ms for 192 at 2.5
+    argv = "--kv-memory 49.1GB --context 8232 --weights 14.96GB".split()
+    for users, name, step in ((48, "bf16", 23.62e-3), (192, "kqsvd 2.5 bits", 23.84e-3)):
+        row = planned([str(llama), *argv, "--users", str(users)], capsys)[name]
+        assert row["running_users"] == users and abs(row["decode_tok_s"] / (users / step) - 1) < 0.1
+
+
+def test_measured_rows_are_near_the_speed_table() -> None:
+    pytest.importorskip("scipy")
+    from benchmarks.decode_fit import speed_table
+
+    fitted, errors = speed_table()
+    assert fitted.keys() == decode_speed.table().keys()
+    assert {"bf16", "fp8", "kqsvd_d128_b82"} <= fitted["formats"].keys() & decode_speed.table()["formats"].keys()
+    assert all(abs(e) < 0.35 for found in errors.values() for e in found.values())
+
+
+def test_speed_between_and_beyond_measured_widths() -> None:
+    time = [decode_speed.attention_time("x", bits).at(64, 8192, 1.0) for bits in (2.06, 2.56, 3.06, 4.06)]  # type: ignore[union-attr]
+    assert time == sorted(time)
+    assert decode_speed.attention_time("x", 8.0) is None
+    assert decode_speed.tokens_per_second("x", 8.0, 1, 100, 1, 1, 1) is None
+    assert decode_speed.tokens_per_second("bf16", 16.0, 0, 100, 1, 1, 1) is None  # nobody fits

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kqsvd plan`: how many tokens and users fit in a GPU's memory, in bf16, fp8 and latent formats.
-
-Speed is not predicted.
-"""
+"""`kqsvd plan`: tokens and users that fit in a GPU's memory, and decode speed, in bf16, fp8 and latent formats."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_kqsvd import decode_speed
 from vllm_kqsvd.capacity import WINDOW, CacheFormat, latent, plain, plan_bytes
 from vllm_kqsvd.errors import ConfigError, UnsupportedError
+from vllm_kqsvd.gpu_memory import BATCHED_TOKENS, UTILIZATION, overhead, usable
 from vllm_kqsvd.inspect_projection import align
 
 BITS = (4.0, 3.0, 2.5, 2.0)  # the presets balanced, compact, capacity, extreme
@@ -38,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projection", help="also plan with this projection")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="W", help=f"exact recent tokens ({WINDOW})")
     parser.add_argument("--weights", type=size, metavar="SIZE", help="bytes of all weights (default: of the files)")
-    parser.add_argument("--utilization", type=float, default=0.92, help="vLLM's --gpu-memory-utilization (0.92)")
-    parser.add_argument("--overhead", type=size, default=size("2GB"), metavar="SIZE",
-                        help="assumed for activations and CUDA graphs on each GPU (2GB)")  # fmt: skip
+    parser.add_argument("--utilization", type=float, default=UTILIZATION,
+                        help=f"vLLM's --gpu-memory-utilization ({UTILIZATION})")  # fmt: skip
+    parser.add_argument("--batched-tokens", type=size, default=BATCHED_TOKENS, metavar="N",
+                        help=f"vLLM's --max-num-batched-tokens ({BATCHED_TOKENS})")  # fmt: skip
+    parser.add_argument("--overhead", type=size, metavar="SIZE",
+                        help="activations, sampler and CUDA graphs on each GPU (estimated)")  # fmt: skip
     parser.add_argument("--kv-memory", type=size, metavar="SIZE", help="bytes of the cache, instead of the above")
     parser.add_argument("--plot", metavar="PNG", help="write a bar chart")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -63,7 +66,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--context and --tp must be at least 1, --window at least 0")
     local = max(1, heads // args.tp)
     elements = 2 * layers * local * dim
-    memory = args.kv_memory if args.kv_memory is not None else _kv_memory(args)
+    weights = args.weights if args.weights is not None else _weights(args.model)
+    memory = args.kv_memory if args.kv_memory is not None else _kv_memory(args, config, weights)
     formats = [plain("bf16", elements, 2), plain("fp8", elements, 1)]
     for bits in BITS:
         per_head = plan_bytes(bits, dim)
@@ -76,14 +80,28 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         projection.check_model(config)
         total = projection.bytes_per_token * local // heads
         formats.append(latent("this projection", total, elements, args.window))
+    rank = _Rank(memory, args.context, args.users, layers, elements // layers, weights // args.tp)
     return {
         "kv_memory": memory,
         "context": args.context,
         "tensor_parallel": args.tp,
         "window": args.window,
         "users": args.users,
-        "formats": [_row(f, formats[0], memory, args.context, args.users) for f in formats],
+        "speed_measured_on": {k: decode_speed.table()[k] for k in ("device", "date", "versions")},
+        "formats": [_row(f, formats[0], rank) for f in formats],
     }
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What a row is made for: the cache's bytes, the load, and the model's part on one GPU."""
+
+    memory: int
+    context: int
+    users: int | None
+    layers: int
+    elements: int  # K and V of a token and layer
+    weights: int
 
 
 def _config(model: str) -> Any:
@@ -112,13 +130,20 @@ def _shape(config: Any) -> tuple[int, int, int]:
     return heads, head_dim_of(text), text.num_hidden_layers
 
 
-def _kv_memory(args: argparse.Namespace) -> int:
-    weights = args.weights
-    if weights is None:
-        weights = sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors"))
-        if not weights:
-            raise ConfigError(f"{args.model} has no safetensors files; give --weights SIZE or --kv-memory SIZE")
-    memory = int(args.gpu * args.utilization) - weights // args.tp - args.overhead
+def _weights(model: str) -> int:
+    """Bytes of the weight files, 0 without any."""
+    return sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
+
+
+def _kv_memory(args: argparse.Namespace, config: Any, weights: int) -> int:
+    from vllm_kqsvd.projection_rope import text_config
+
+    if not weights:
+        raise ConfigError(f"{args.model} has no safetensors files; give --weights SIZE or --kv-memory SIZE")
+    more = args.overhead
+    if more is None:
+        more = overhead(text_config(config), args.batched_tokens, args.tp)
+    memory = int(usable(args.gpu) * args.utilization) - weights // args.tp - more
     if memory <= 0:
         raise ConfigError(
             f"weights of {weights / 2**30:.1f} GiB on {args.tp} GPU(s) leave nothing for the cache; "
@@ -127,31 +152,44 @@ def _kv_memory(args: argparse.Namespace) -> int:
     return memory
 
 
-def _row(f: CacheFormat, base: CacheFormat, memory: int, context: int, users: int | None) -> dict[str, Any]:
-    most = f.users(memory, context)
+def _row(f: CacheFormat, base: CacheFormat, rank: _Rank) -> dict[str, Any]:
+    context, users = rank.context, rank.users
+    most = f.users(rank.memory, context)
+    bits = 8 * f.bytes_per_token / (rank.layers * rank.elements)
+    running = int(most) if users is None else min(users, int(most))
+    speed = decode_speed.tokens_per_second(f.name, bits, running, context, rank.layers, rank.elements, rank.weights)
     return {
         "name": f.name,
+        "bits_per_element": round(bits, 4),
         "bytes_per_token": f.bytes_per_token,
         "bytes_per_user": f.bytes_of_request(context),
         "compression_ratio": base.bytes_of_request(context) / f.bytes_of_request(context),
-        "kv_tokens": f.tokens(memory, context),
+        "kv_tokens": f.tokens(rank.memory, context),
         "max_users": round(most, 2),
         "fits": None if users is None else most >= users,
+        "running_users": running,
+        "decode_tok_s": None if speed is None else round(speed),
     }
 
 
 def _text(data: dict[str, Any]) -> str:
-    head = ["format", "bytes/token", "MiB/user", "ratio", "KV tokens", "users"]
+    head = ["format", "bytes/token", "MiB/user", "ratio", "KV tokens", "users", "decode tok/s"]
     fits = data["users"] is not None
     rows: list[tuple[str, ...]] = [tuple(head + [f"{data['users']} users"] * fits)]
     for f in data["formats"]:
         cells = [f["name"], f"{f['bytes_per_token']:,}", f"{f['bytes_per_user'] / 2**20:,.1f}"]
         cells += [f"{f['compression_ratio']:.2f}", f"{f['kv_tokens']:,}", f"{f['max_users']:,.1f}"]
+        cells.append("-" if f["decode_tok_s"] is None else f"{f['decode_tok_s']:,} ({f['running_users']} running)")
         rows.append(tuple(cells + ["fit" if f["fits"] else "do not fit"] * fits))
-    ranks = data["tensor_parallel"]
+    ranks, measured = data["tensor_parallel"], data["speed_measured_on"]
     title = f"{data['kv_memory'] / 2**30:.1f} GiB of cache" + (f" on each of {ranks} GPUs" if ranks > 1 else "")
     note = f"exact window of {data['window']} tokens, scales and rounding to blocks counted"
-    return "\n".join([f"{title}, {data['context']:,} tokens per user; {note}", "", *align(rows)])
+    speed = (
+        f"decode tok/s: predicted from kernel times measured on {measured['device']} ({measured['versions']}, "
+        f"{measured['date']});\nsteady decoding of all running users, no prompts in between"
+        + (", no exchange between GPUs" if ranks > 1 else "")
+    )
+    return "\n".join([f"{title}, {data['context']:,} tokens per user; {note}", "", *align(rows), "", speed])
 
 
 def _plot(data: dict[str, Any], file: Path) -> None:
@@ -160,12 +198,18 @@ def _plot(data: dict[str, Any], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigError("--plot needs matplotlib; pip install matplotlib") from e
-    figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
+    figure = Figure(figsize=(9.6, 3.2), dpi=100, layout="constrained")
+    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2, sharey=True)
     names = [f["name"] for f in data["formats"]][::-1]
-    bars = axes.barh(names, [f["max_users"] for f in data["formats"]][::-1])
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.set(xlabel=f"users of {data['context']:,} tokens in {data['kv_memory'] / 2**30:.1f} GiB (predicted)")
+    left.bar_label(left.barh(names, [f["max_users"] for f in data["formats"]][::-1]), fmt="%.1f", padding=3)
+    left.set(xlabel=f"users of {data['context']:,} tokens in {data['kv_memory'] / 2**30:.1f} GiB")
+    speeds = [f["decode_tok_s"] or 0 for f in data["formats"]][::-1]
+    right.bar_label(right.barh(names, speeds, color="tab:green"), fmt="{:,.0f}", padding=3)
+    who = "as many as fit" if data["users"] is None else f"up to {data['users']}"
+    right.set(xlabel=f"decode tok/s, {who} users ({data['speed_measured_on']['device']})")
+    for axes in (left, right):
+        axes.margins(x=0.2)
+    figure.suptitle("predicted", fontsize="medium")
     try:
         figure.savefig(file, metadata={"Software": None})
     except (OSError, ValueError) as e:
