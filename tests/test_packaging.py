@@ -52,7 +52,8 @@ def test_wheel_is_pure_and_holds_the_package_alone(wheel: zipfile.ZipFile) -> No
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"vllm_kqsvd"}
-    assert {"vllm_kqsvd/__init__.py", "vllm_kqsvd/py.typed", "vllm_kqsvd/calibration/__init__.py"} <= set(names)
+    files = {"__init__.py", "py.typed", "decode_speed.json", "calibration/__init__.py"}
+    assert {f"vllm_kqsvd/{name}" for name in files} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
     assert "Root-Is-Purelib: true" in read(wheel, "WHEEL")
 
@@ -73,6 +74,7 @@ def test_core_dependencies_never_pin_torch(wheel: zipfile.ZipFile) -> None:
 def test_entry_points(wheel: zipfile.ZipFile) -> None:
     points = ConfigParser()
     points.read_string(read(wheel, "entry_points.txt"))
+    assert dict(points["vllm.stat_logger_plugins"]) == {"kqsvd": "vllm_kqsvd.metrics:KQSVDStatLogger"}
     assert dict(points["vllm.general_plugins"]) == {"kqsvd": "vllm_kqsvd.plugin:register"}
     assert dict(points["console_scripts"]) == {"kqsvd": "vllm_kqsvd.cli:main"}
     for target in ("vllm_kqsvd/plugin.py", "vllm_kqsvd/cli.py"):
