@@ -147,6 +147,10 @@ def catalogue_plans(head_dim: int, total_bytes: int) -> list[LayerPlan]:
     return found
 
 
+def _best_among(plans: Sequence[LayerPlan], k: Table, v: Table) -> LayerPlan:
+    return min(plans, key=lambda plan: layer_loss(plan, k, v))
+
+
 def allocate(
     tables: Sequence[tuple[Table, Table]], total_bytes: int, max_plans: int = 4, among: Sequence[LayerPlan] = ()
 ) -> list[LayerPlan]:
@@ -156,7 +160,7 @@ def allocate(
     plan, make every plan optimal for the sum of its layers. `among`: only these plans, each layer its best.
     """
     if among:
-        return [min(among, key=lambda plan, k=k, v=v: layer_loss(plan, k, v)) for k, v in tables]
+        return [_best_among(among, k, v) for k, v in tables]
     own = [best_layer_plan(k, v, total_bytes) for k, v in tables]
     distinct = list(dict.fromkeys(plan for _, plan in own))
     if len(distinct) <= max_plans:

@@ -86,7 +86,16 @@ class CpuOps(ReferenceOps):
             key = turned.transpose(0, 1)
         return key[:, :length], value[:, :length]
 
-    def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: torch.Tensor,
+        window_pages: torch.Tensor | None,
+        step: Step,
+        output: torch.Tensor,
+    ) -> None:
         """See LayerOps.attend."""
         s, starts = self.shape, step.query_start_loc_cpu.tolist()
         lengths = step.seq_lens.tolist()
@@ -104,19 +113,21 @@ class CpuOps(ReferenceOps):
                 parts.append(self.expand(pages, blocks, first))
             if first < length:
                 own = length - q_len
-                if first < own:
+                if first < own and window_pages is not None and step.window_block_table is not None:
                     parts.append(self._exact(window_pages, step.window_block_table[i], first, own))
-                parts.append(tuple(x[rows].transpose(0, 1).float() for x in (key, value)))
+                parts.append((key[rows].transpose(0, 1).float(), value[rows].transpose(0, 1).float()))
             k, v = (torch.cat(x, 1) for x in zip(*parts, strict=True))
             output[rows] = self._softmax(query[rows], k, v, length, q_len).to(output.dtype)
 
-    def _exact(self, window_pages, table, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _exact(
+        self, window_pages: torch.Tensor, table: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions [start, stop) from the window pages: each [H, stop - start, d] float32."""
         size, near = window_pages.shape[2], torch.arange(start, stop)
         both = window_pages[table.long()[near // size], :, near % size].transpose(0, 1).float()
         return both[..., : self.shape.head_dim], both[..., self.shape.head_dim :]
 
-    def _softmax(self, q, k, v, length: int, q_len: int) -> torch.Tensor:
+    def _softmax(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, q_len: int) -> torch.Tensor:
         """q [q_len, Hq, d], k and v [H, length, d] -> [q_len, Hq, d] float32, causal."""
         s = self.shape
         heads = s.num_kv_heads

@@ -63,7 +63,7 @@ def choose(
         if cls is None:
             raise KernelError(f"implementation {implementation!r} asked for, but it is not available: {why}")
         return cls, []
-    passed_over = []
+    passed_over: list[str] = []
     for name, (_, _, devices) in IMPLEMENTATIONS.items():
         if device.type not in devices or (name == "reference" and device.type != "cpu"):
             continue

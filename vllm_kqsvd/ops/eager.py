@@ -14,7 +14,16 @@ class ReferenceOps(LayerOps):
 
     name = "reference"
 
-    def store(self, key, value, pages, window_pages, slot_mapping, window_slot_mapping, positions) -> None:
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: torch.Tensor,
+        window_pages: torch.Tensor | None,
+        slot_mapping: torch.Tensor,
+        window_slot_mapping: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> None:
         """See LayerOps.store."""
         n = min(slot_mapping.numel(), positions.numel(), key.shape[0])
         reference.store_latent(
@@ -23,7 +32,16 @@ class ReferenceOps(LayerOps):
         if window_pages is not None and window_slot_mapping is not None:
             store_exact(key, value, window_pages, window_slot_mapping[:n])
 
-    def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: torch.Tensor,
+        window_pages: torch.Tensor | None,
+        step: Step,
+        output: torch.Tensor,
+    ) -> None:
         """See LayerOps.attend."""
         window = None
         if window_pages is not None and step.window_block_table is not None:

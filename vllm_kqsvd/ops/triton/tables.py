@@ -65,7 +65,9 @@ def _power_above(x: torch.Tensor) -> torch.Tensor:
 
 def _stored_order(layout: LatentLayout, name: str) -> tuple[tuple[PlaneSpec, ...], list[int], list[int]]:
     """(plane specs, channel of every column, shift of every column)."""
-    fields, specs, channels, shifts, byte = layout.byte_fields[name], [], [], [], 0
+    fields, specs, byte = layout.byte_fields[name], [], 0
+    channels: list[int] = []
+    shifts: list[int] = []
     for plane, offset in zip(layout.side(name).planes, layout.plane_offsets[name], strict=True):
         n = len(plane.groups)
         specs.append((plane.num_bits, n, int(plane.is_half), offset, len(channels)))
