@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,38 @@ class Server:
         for pid in self.members():
             os.kill(pid, signal.SIGKILL)
         self.process.wait(60)
+
+
+def assert_dies_clearly(server: Server, title: str) -> None:
+    """Kill the process with this title under a long request: an error for the client, an exit, nobody left behind.
+
+    The exit status is vLLM's: 0 where uvicorn could still shut down in order, so supervisors must restart always.
+    """
+    (victim,) = (pid for pid, name in server.members().items() if title in name)
+    answers: list[Json | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(server.post(body_of([5, 6, 7], 500)))
+        except Exception as e:
+            answers.append(e)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    end = time.monotonic() + 30
+    while not server.metric("vllm:num_requests_running"):
+        assert time.monotonic() < end and not answers, answers
+    os.kill(victim, signal.SIGKILL)
+    asking.join(120)
+    assert not asking.is_alive(), "the client hangs"
+    assert isinstance(answers[0], OSError), answers  # an HTTP status of 500 or a closed connection
+    server.process.wait(120)
+    end = time.monotonic() + 60
+    while left := server.members():
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
+    log = server.log.read_text()
+    assert "died unexpectedly" in log or "EngineDeadError" in log, server.tail()
 
 
 @dataclass(frozen=True)
