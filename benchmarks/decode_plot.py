@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
             if at:
                 values = [base[c] / found[name][c] if options.relative else found[name][c] for c in at]
                 panel.plot(at, values, "o", markersize=3, label=label, **({"linestyle": "-"} | style))
-        panel.set(xscale="log", yscale="log", xlabel="context, tokens", title=f"batch {batch}")
+        panel.set(xscale="log", xlabel="context, tokens", title=f"batch {batch}")
+        panel.set_yscale("linear" if options.relative else "log")
         ticks = sorted({c for line in found.values() for c in line})
         panel.set_xticks(ticks, [f"{c // 1024}k" for c in ticks], minor=False)
         panel.minorticks_off()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results page: docs/results.md and its plots, from benchmarks/results/*.csv.
+
+    python -m benchmarks.report        (needs matplotlib; no GPU, no model)
+
+Of rows measured again the newest is shown; the CSVs keep all of them. Also refits the table `kqsvd plan` predicts
+decode speed from.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks import decode_fit, decode_plot, serving_plot
+from benchmarks.report_tables import PROVENANCE, RESULTS, Row, newest, number, pivot, provenance, read, table
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+IMAGES = DOCS / "images"
+SHOWN = {"decode_attention", "fidelity", "serving", "store_latent"}
+HEADER = """# Results
+
+Made by `python -m benchmarks.report` from the CSV files under [benchmarks/results](../benchmarks/results);
+do not edit. Bits count scales. Compare within a table: hardware, versions, date and command stand under it.
+"""
+
+
+def image(name: str, text: str) -> str:
+    """Markdown of a plot."""
+    return f"![{text}](images/{name}.png)"
+
+
+def decode_section() -> str:
+    """Decode attention: time against context, and every size as a table."""
+    keys = ("device", "batch", "context", "lengths", "query_len", "format")
+    rows = [r for r in newest(read("decode_attention"), keys) if r["format"] in decode_plot.FORMATS]
+    for row in rows:
+        row["batch x context"] = f"{row['batch']} x {row['context']}" + ("" if row["lengths"] == "equal" else " in all")
+        if row["lengths"] != "equal":
+            row["batch x context"] += f", {row['lengths']}"
+        if row["query_len"] != "1":
+            row["batch x context"] += f", {row['query_len']} query tokens"
+    rows.sort(key=lambda r: (r["query_len"], r["lengths"], int(r["batch"]), int(r["context"])))
+    decode_plot.main([str(IMAGES / "decode_time.png")])
+    decode_plot.main([str(IMAGES / "decode_speed.png"), "--relative"])
+    head, lines = pivot(rows, ["batch x context"], "format", "us", list(decode_plot.FORMATS))
+    labels = [decode_plot.FORMATS[h][0] if h in decode_plot.FORMATS else h for h in head]
+    return "\n\n".join(
+        [
+            "## Decode attention: speed against context",
+            "Microseconds per layer, everything included: frames, scales, exact window, merge, value basis. "
+            "32 query heads, 8 KV heads, head_dim 128; random fills.",
+            image("decode_speed", "decode speed over FlashAttention 3 in bf16, against context"),
+            image("decode_time", "decode time against context"),
+            table(labels, lines),
+            provenance(rows, "python -m benchmarks.decode_attention"),
+        ]
+    )
+
+
+def fidelity_section() -> str:
+    """KL against bits beside every peer: one plot and table per model and context."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in read("fidelity"):
+        if "(" not in row["method"] and "(" not in row["text"]:
+            groups[row["model"], row["context"]].append(row)
+    parts = [
+        "## Fidelity: KL against bits",
+        "KL of the next token's distribution to the model's own exact cache, nats per token, mean of the texts. "
+        '"Recent exact": the last 64 tokens, and 4 sinks for the others where ours has its class bit.',
+    ]
+    for (model, context), rows in sorted(groups.items()):
+        rows = newest(rows, ("text", "method", "bits", "window"))
+        name = f"fidelity_{model}_{context}".replace("/", "-")
+        arguments = [str(IMAGES / f"{name}.png"), "--model", model, "--context", context]
+        subprocess.run([sys.executable, "-m", "benchmarks.fidelity_plot", *arguments], check=True)
+        head = ["method", "bits", "KL, recent exact", "KL, nothing exact", "top-1, recent exact"]
+        texts = ", ".join(sorted({r["text"] for r in rows}))
+        parts += [
+            f"### {model}, {context} tokens",
+            image(name, f"KL against bits, {model}, {context} tokens"),
+            table(head, fidelity_lines(rows)),
+            f"Texts: {texts}.",
+            provenance(rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def fidelity_lines(rows: list[Row]) -> list[list[str]]:
+    """One line per method, by bits: mean KL over the texts with and without exact recent tokens."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        entry = found[row["method"], float(row["bits"])]
+        kind = "recent" if int(row["window"]) else "nothing"
+        entry[kind].append(float(row["kl"]))
+        entry["top1 " + kind].append(float(row["top1"]))
+
+    def mean(values: list[float]) -> str:
+        return f"{sum(values) / len(values):.4f}" if values else ""
+
+    return [
+        [method, f"{bits:.2f}", mean(e["recent"]), mean(e["nothing"]), mean(e["top1 recent"])]
+        for (method, bits), e in sorted(found.items(), key=lambda x: -x[0][1])
+    ]
+
+
+def serving_section() -> str:
+    """Throughput at a full cache, and throughput against latency under load."""
+    full = [r for r in read("serving") if r["tok_s"] and not r.get("tpot_p50")]
+    full = newest(full, ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests"))
+    head = ["model", "GPUs", "KV cache", "bits", "KV tokens", "requests", "tokens each", "output tok/s"]
+    lines = [
+        [
+            r["model"], r["tensor_parallel"] or "1", r["format"].replace("auto", "bf16"), number(r["bits"], 2),
+            number(r["kv_tokens"]), r["requests"], f"{r['input_len']} + {r['output_len']}", number(r["tok_s"]),
+        ]
+        for r in full
+    ]  # fmt: skip
+    parts = [
+        "## Throughput at a full cache",
+        "Requests start with their context in the cache; random weights and bases of the model's shape. Filling the "
+        "cache is part of the time, except with `--startup-fill`.",
+        table(head, lines),
+        provenance(full),
+        "## Under load: throughput against latency",
+    ]
+    load = serving_plot.load_rows()
+    if not load:
+        return "\n\n".join([*parts, "No rows yet."])
+    serving_plot.draw(load, IMAGES / "serving_load.png")
+    head = ["model", "load", "KV cache", "bits", "output tok/s", "TTFT p50, ms", "p99", "ms per token p50", "p99"]
+    lines = [
+        [
+            r["model"], serving_plot.load_name(r), r["format"].replace("auto", "bf16"), number(r["bits"], 2),
+            number(r["tok_s"]), *(number(r[k], 1) for k in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")),
+        ]
+        for r in load
+    ]  # fmt: skip
+    text = (
+        "`vllm bench serve` with real prefill against `vllm serve`; each point is a format, its line reaches to the "
+        "99th percentile. Random weights."
+    )
+    return "\n\n".join(
+        [*parts, text, image("serving_load", "throughput against latency"), table(head, lines), provenance(load)]
+    )
+
+
+def store_section() -> str:
+    """Storing one step's tokens."""
+    rows = newest(read("store_latent"), ("device", "bits", "tokens", "arm"))
+    head, lines = pivot(rows, ["bits", "tokens"], "arm", "us", list(dict.fromkeys(r["arm"] for r in rows)))
+    parts = ["## Storing", "Microseconds per layer for a step's tokens (rotate, project, scale, pack; vLLM: copy)."]
+    return "\n\n".join([*parts, table(head, lines), provenance(rows, "python -m benchmarks.store_latent")])
+
+
+def other_sections() -> str:
+    """Every further CSV as it is."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows = read(path.stem) if path.stem not in SHOWN else []
+        if rows:
+            head = [k for k in rows[0] if k not in PROVENANCE]
+            lines = [[str(r[k] or "") for k in head] for r in rows]
+            parts += [f"## {path.stem.replace('_', ' ').capitalize()}", table(head, lines), provenance(rows)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Write the page, its plots and the speed table."""
+    IMAGES.mkdir(exist_ok=True)
+    decode_fit.main()
+    sections = (serving_section, decode_section, fidelity_section, store_section, other_sections)
+    page = "\n\n".join([HEADER.rstrip(), *filter(None, (s() for s in sections))])
+    (DOCS / "results.md").write_text(page + "\n")
+
+
+if __name__ == "__main__":
+    main()
