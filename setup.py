@@ -106,7 +106,7 @@ EXTRAS = {
     "calibrate": ["transformers>=5", "tqdm", "matplotlib"],
     "ray": ["ray>=2.50"],
     "xformers": ["xformers>=0.0.35"],
-    "bench": ["gguf>=0.19", "openai>=2.25", "tokenizers"],
+    "bench": ["gguf>=0.19", "matplotlib", "openai>=2.25", "psutil", "scipy", "tokenizers"],
     "dev": ["pytest>=9", "hypothesis", "scipy", "ruff", "mypy", "import-linter", "pre-commit"],
 }
 
@@ -139,7 +139,12 @@ setup(
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

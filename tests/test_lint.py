@@ -49,3 +49,8 @@ def test_every_source_has_its_licence_header() -> None:
 def test_no_file_outgrows_one_idea() -> None:
     long = [str(p.relative_to(ROOT)) for p in SOURCES if len(p.read_text().splitlines()) > 400]
     assert not long
+
+
+def test_types() -> None:
+    pytest.importorskip("mypy")
+    tool(sys.executable, "-m", "mypy")

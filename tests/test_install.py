@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel in a clean environment: it installs without touching torch or vLLM, and works on every supported Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.test_packaging import ROOT, build_wheel, python, sdist, wheel_file  # noqa: F401 (fixtures)
+
+# every installed distribution that is not this project's: name, version and place
+LISTING = """
+import importlib.metadata as m, json
+mine = {"vllm-kqsvd", "vllm_kqsvd"}
+found = {(d.name, d.version, str(d.locate_file(""))) for d in m.distributions()}
+print(json.dumps(sorted(x for x in found if x[0] not in mine)))
+"""
+TORCH_FREE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import vllm_kqsvd.capacity, vllm_kqsvd.config, vllm_kqsvd.errors, vllm_kqsvd.layout, vllm_kqsvd.plan
+from vllm_kqsvd.cli import main
+assert main(["--version"]) == 0 and "torch" not in sys.modules
+"""
+
+
+class Clean:
+    """A new environment that sees the packages of this one, as a user's with torch and vLLM would be."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False, symlinks=True)
+        self.folder, self.python = folder, str(folder / "bin" / "python")
+        purelib = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
+        seen = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+        Path(purelib, "outer.pth").write_text("".join(f"{p}\n" for p in seen))
+
+    def run(self, *command: str) -> str:
+        """Standard output of a program of the environment, started away from the sources."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=self.folder, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clean(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:  # noqa: F811
+    """The wheel with the calibrator's extra, installed without an index; nothing else may have changed."""
+    made = Clean(tmp_path_factory.mktemp("clean"))
+    before = made.run(made.python, "-c", LISTING)
+    python("-m", "pip", "--python", made.python, "install", "--quiet", "--no-index", f"{wheel_file}[calibrate]")
+    assert json.loads(made.run(made.python, "-c", LISTING)) == json.loads(before)
+    return made
+
+
+def test_installed_code_is_the_wheels(clean: Clean) -> None:
+    script = (
+        "import vllm_kqsvd, vllm_kqsvd.calibration as c, importlib.metadata as m; print(vllm_kqsvd.__file__);"
+        "print(c.__file__); print([e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'kqsvd'])"
+    )
+    package, calibration, points = clean.run(clean.python, "-c", script).splitlines()
+    assert package.startswith(str(clean.folder)) and calibration.startswith(str(clean.folder))
+    assert "vllm_kqsvd.plugin:register" in points
+
+
+def test_installed_command_works(clean: Clean) -> None:
+    command = str(clean.folder / "bin" / "kqsvd")
+    assert clean.run(command, "--version").startswith("vllm_kqsvd ")
+    assert "compression ratio" in clean.run(command, "inspect", str(ROOT / "tests" / "data" / "projection_v1"))
+    assert "--gradient-windows" in clean.run(command, "calibrate", "--help")
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_every_supported_python(version: str, wheel_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """All sources compile, and what needs no torch is imported, on the interpreters this machine has."""
+    found = shutil.which(f"python{version}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no python{version}")
+    zipfile.ZipFile(wheel_file).extractall(tmp_path)
+    for command in (["-m", "compileall", "-q", "-f", str(tmp_path)], ["-I", "-c", TORCH_FREE, str(tmp_path)]):
+        done = subprocess.run([found, "-W", "error::SyntaxWarning", *command], text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_the_cuda_wheel(sdist: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One wheel for all Pythons: built from the source distribution, without symbols of one Python, and it loads."""
+    # Two of the decode kernels stand for all: the others differ in generated constants only.
+    chosen = {"KQSVD_BUILD_CUDA": "1", "KQSVD_DECODE_KERNELS": "d128_b82_c4_t32;d64_b66_c8_t64"}
+    built = build_wheel(sdist, tmp_path / "wheel", **chosen)
+    assert re.search(r"-cp311-abi3-linux_\w+\.whl$", built.name)
+    with zipfile.ZipFile(built) as z:
+        library = Path(z.extract("vllm_kqsvd/_C.abi3.so", tmp_path))
+    if shutil.which("nm"):
+        symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], text=True, capture_output=True).stdout
+        assert symbols and not re.findall(r"\bU _?Py\w+", symbols)
+    python("-c", "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.kqsvd", str(library), cwd=tmp_path)
