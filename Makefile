@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | env | lint | format | wheel | clean     (Python 3.11 or later, pip, git; everything else is fetched)
+# make demo | test | reliability | env | lint | format | wheel | dist | clean
+# Needed: Python 3.11 or later, pip, git; everything else is fetched.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null && echo $$p && break; done)
@@ -11,13 +12,16 @@ PYTEST_ARGS ?=
 # The environment is installed uncompiled; without cached bytecode every later process would pay for that again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test env lint format wheel clean
+.PHONY: demo test reliability env lint format wheel dist clean
 
 demo: env
 	@$(RUN) benchmarks.demo
 
 test: env
 	@$(RUN) pytest $(PYTEST_ARGS)
+
+reliability: env
+	@KQSVD_RELIABILITY=long $(RUN) pytest -m reliability -s --durations=20 $(PYTEST_ARGS) tests/reliability
 
 env:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later was not found; name one: make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -33,6 +37,9 @@ format: env
 wheel: env
 	@rm -rf build/lib build/bdist.*
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+dist: wheel
+	@KQSVD_BUILD_CUDA=0 $(VENV)/bin/python setup.py --quiet sdist
 
 clean:
 	rm -rf build dist .venv *.egg-info
