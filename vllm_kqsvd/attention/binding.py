@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,16 +11,26 @@ from typing import TYPE_CHECKING
 from vllm_kqsvd.errors import ConfigError, ProjectionFileError, UnsupportedError
 from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, load_projection
 from vllm_kqsvd.projection_model import weights_sha256
+from vllm_kqsvd.projection_read import TENSOR_FILE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+    from vllm.distributed.parallel_state import GroupCoordinator
 
     from vllm_kqsvd.codec import LayerCodec
     from vllm_kqsvd.config import KQSVDConfig
 
 
+def _state(path: Path) -> tuple[int, int]:
+    """Changes when the folder is replaced or its file rewritten."""
+    try:
+        return path.stat().st_ino, (path / TENSOR_FILE).stat().st_mtime_ns
+    except OSError:  # gone between two looks: the reader has the words for it
+        return 0, 0
+
+
 @lru_cache(maxsize=4)
-def _load(path: Path, modified: float) -> Projection:
+def _load(path: Path, state: tuple[int, int]) -> Projection:
     return load_projection(path)
 
 
@@ -28,14 +39,26 @@ def open_projection(config: KQSVDConfig) -> Projection:
     path = config.projection
     if not path.is_dir():
         raise ConfigError(f"kqsvd.projection is {str(path)!r}; there is no such folder on this machine")
-    modified = max((f.stat().st_mtime for f in path.glob("kqsvd*")), default=0.0)
-    projection = _load(path, modified)
+    projection = _load(path, _state(path))
     if config.digest and not projection.digest.startswith(config.digest):
         raise ProjectionFileError(
             f"projection with digest {config.digest} asked for; {path} has {projection.digest[:16]}; "
             "give every machine the same folder, or correct kqsvd.digest"
         )
     return projection
+
+
+def check_same_everywhere(digest: str, name: str, first: str, groups: Iterable[GroupCoordinator]) -> None:
+    """Raise unless all layers of all ranks have the projection `digest`, whose folder may be replaced meanwhile.
+
+    first: digest that this process bound first. groups: parallel groups whose rank 0 is asked; all ranks must call.
+    """
+    for other in (first, *(g.broadcast_object(digest, src=0) for g in groups if g.world_size > 1)):
+        if other != digest:
+            raise ProjectionFileError(
+                f"layer {name!r} found the projection {digest[:16]}, others {other[:16]}: the folder was replaced "
+                "while the server started, or machines have different ones; start again"
+            )
 
 
 def check_served_model(projection: Projection, model: ModelConfig) -> None:

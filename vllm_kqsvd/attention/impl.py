@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -74,7 +79,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self.config = KQSVDConfig.from_vllm(config)
         self.layers = config.compilation_config.static_forward_context  # filled while the model is built
         self.model_config = config.model_config
-        self.name = ""
+        self.name = self.digest = ""
         self.codec: LayerCodec | None = None
         self.self_test_error: float | None = None  # None: not tested
         self.nan_guard: NanGuard | None = None  # the last layer has one
@@ -100,7 +105,10 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         name, layer = next((n, x) for n, x in self.layers.items() if getattr(x, "impl", None) is self)
         projection = binding.open_projection(self.config)
         entry = binding.entry_for(projection, name)
-        if self.is_first():
+        first = self.first()
+        groups = (get_tp_group(), get_pp_group()) if first is self else ()
+        binding.check_same_everywhere(projection.digest, name, first.digest or projection.digest, groups)
+        if first is self:
             self._check_model(projection)
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.codec = binding.shard(entry.codec, self.num_kv_heads, rank, world, name)
@@ -112,9 +120,13 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self.shadow = window.WindowShadow(KQSVDWindowBackend, self.num_heads, self.prepare)
         self.layers[self.shadow_name] = self.shadow
 
+    def first(self) -> KQSVDImpl:
+        """The first compressed layer of the model (of this pipeline stage)."""
+        return next(x.impl for x in self.layers.values() if isinstance(getattr(x, "impl", None), KQSVDImpl))
+
     def is_first(self) -> bool:
-        """Whether this is the first compressed layer of the model (of this pipeline stage)."""
-        return next(x.impl for x in self.layers.values() if isinstance(getattr(x, "impl", None), KQSVDImpl)) is self
+        """Whether that is this one."""
+        return self.first() is self
 
     def _check_model(self, projection: binding.Projection) -> None:
         """Once per process: does the file fit the model, and is every cached layer ours?"""
