@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +39,19 @@ Observer = Callable[[AttentionCall], None]
 GradientObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Session:
     observer: Observer | None = None
     gradient_observer: GradientObserver | None = None
     window: int = 0
 
 
-_session = _Session()  # the attention interface passes no context of its own
+# The attention interface passes no context of its own; a context variable lets threads share one model.
+_session: ContextVar[_Session | None] = ContextVar("kqsvd_capture_session", default=None)
+
+
+class PassDone(Exception):
+    """Raised by an observer that has seen all it wants; ends the forward pass it stands in (see `until_done`)."""
 
 
 @contextmanager
@@ -65,12 +71,11 @@ def observe_gradients(forward: Observer, backward: GradientObserver, window: int
 
 @contextmanager
 def _use(session: _Session) -> Iterator[None]:
-    global _session
-    previous, _session = _session, session
+    token = _session.set(session)
     try:
         yield
     finally:
-        _session = previous
+        _session.reset(token)
 
 
 def _capture(
@@ -95,22 +100,24 @@ def _capture(
         )
     mask = None if attention_mask is None else attention_mask[0, 0]
     call = AttentionCall(module, query[0], key[0], value[0], mask, scale, soft_cap)
-    if _session.observer:
-        _session.observer(call)
-    if _session.gradient_observer or soft_cap:
+    session = _session.get() or _Session()
+    if session.observer:
+        session.observer(call)
+    if session.gradient_observer or soft_cap:
         return _differentiable(call), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _differentiable(call: AttentionCall) -> torch.Tensor:
-    observer, module = _session.gradient_observer, call.module
+    session, module = _session.get() or _Session(), call.module
+    observer = session.gradient_observer
 
     def report(dk: torch.Tensor, dv: torch.Tensor) -> None:
         if observer:
             observer(module, dk, dv)
 
     q, k, v = (x.float() for x in (call.q, call.k, call.v))
-    out = FarAttention.apply(q, k, v, call.mask, call.scale, call.soft_cap, _session.window, report)
+    out = FarAttention.apply(q, k, v, call.mask, call.scale, call.soft_cap, session.window, report)
     return out.to(call.q.dtype).transpose(0, 1)[None]
 
 

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The passes over the calibration text: a short pilot for the sinks, moments of every window, gradients of some."""
+"""The passes over the calibration text: a short pilot for the sinks, moments of every window, gradients of some.
+
+On a CPU several windows run at once, each on its share of the threads: a window's many small operations fill one core
+better than they fill two. Windows are added up in their order, so the result does not depend on how many run at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from vllm_kqsvd.calibration.capture import AttentionCall, observe, observe_gradients
+from vllm_kqsvd.calibration.capture import AttentionCall, PassDone, observe, observe_gradients
 from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.gradients import attention_gradients
 from vllm_kqsvd.calibration.model_probe import LayerInfo
@@ -23,13 +31,16 @@ from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
 
 PILOT_TEXTS, PILOT_LENGTH = 16, 128
 _SAVE_SECONDS = 30.0
+_MAX_PARALLEL = 4  # windows at once: each holds its own activations
+_LOGIT_ROWS = 128  # positions whose logits exist at once
 
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """What to collect. `backward`: gradients of the model's loss; otherwise of random directions of each layer's own
-    output, which need no backward pass through the model. `window`: exact recent tokens left out of the gradients.
-    `chat`: one window in eight goes through the tokenizer's chat template, if it has one."""
+    """What to collect. `num_windows` of `window_length` are the text of the moments; windows with gradients enter the
+    moments too and count towards that text. `backward`: gradients of the model's loss; otherwise of random directions
+    of each layer's own output, which need no backward pass through the model. `window`: exact recent tokens left out of
+    the gradients. `chat`: one window in eight goes through the tokenizer's chat template, if it has one."""
 
     num_windows: int = 64
     window_length: int = 2048
@@ -40,6 +51,16 @@ class CollectOptions:
     backward: bool = True
     chat: bool = True
     seed: int = 0
+
+    @property
+    def moment_windows(self) -> int:
+        """Windows without gradients: what the windows with gradients leave of the text."""
+        return max(1, self.num_windows - self.gradient_windows * self.gradient_length // self.window_length)
+
+    @property
+    def num_steps(self) -> int:
+        """All windows: those for moments alone, then those for moments and gradients."""
+        return self.moment_windows + self.gradient_windows
 
 
 def before_rope(x: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
@@ -56,6 +77,21 @@ def draw_labels(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
     return torch.searchsorted(cumulative, at)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
+@torch.no_grad()
+def output_gradient(hidden: torch.Tensor, head: nn.Linear, gen: torch.Generator) -> torch.Tensor:
+    """Gradient by hidden [n, m] of the summed -log p(label), labels drawn from the model: (p - label) W, some rows at a
+    time, since all logits of a window take more memory than the rest of the pass."""
+    out = torch.empty_like(hidden)
+    for start in range(0, len(hidden), _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        logits = head(hidden[rows]).float()
+        labels = draw_labels(logits, gen)
+        p = logits.softmax(-1)
+        p.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=p.dtype))
+        out[rows] = p.to(hidden.dtype) @ head.weight
+    return out
+
+
 class Collector:
     """Feeds windows of text through a model and adds up statistics; one step is one window."""
 
@@ -68,8 +104,8 @@ class Collector:
 
     @property
     def num_steps(self) -> int:
-        """Windows for moments, then windows for gradients."""
-        return self.options.num_windows + self.options.gradient_windows
+        """Windows for moments alone, then windows for moments and gradients."""
+        return self.options.num_steps
 
     def start(self, options: dict[str, object]) -> Statistics:
         """Empty statistics with the sink prototypes of a short pilot pass."""
@@ -90,21 +126,52 @@ class Collector:
     def run(self, statistics: Statistics, steps: Iterable[int], save_to: Path | None = None) -> Statistics:
         """Add the windows `steps`; saves now and then to `save_to`, so that a killed run can go on."""
         saved = time.monotonic()
-        for step in tqdm(
-            list(steps), desc="calibrating", unit="window", initial=statistics.steps_done, total=self.num_steps
-        ):
-            if step < self.options.num_windows:
-                self._moments(statistics, step)
-            else:
-                self._gradients(statistics, step)
-            statistics.steps_done += 1
+        todo = list(steps)
+        done = self._in_order(statistics, todo)
+        total = statistics.steps_done + len(todo)
+        for part in tqdm(done, desc="calibrating", unit="window", initial=statistics.steps_done, total=total):
+            statistics.merge(part)
             if save_to and time.monotonic() - saved > _SAVE_SECONDS:
                 statistics.save(save_to)
                 saved = time.monotonic()
         return statistics
 
+    def _in_order(self, statistics: Statistics, steps: list[int]) -> Iterator[Statistics]:
+        """Statistics of every step alone, several computed at once."""
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        parallel = min(threads, _MAX_PARALLEL, len(steps))
+        if parallel < 2:
+            yield from (self._step(statistics.blank(), step) for step in steps)
+            return
+        share = threads // parallel
+        pool = ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(share,))
+        running: deque[Future[Statistics]] = deque()
+        try:
+            torch.set_num_threads(share)
+            for step in steps:
+                running.append(pool.submit(self._step, statistics.blank(), step))
+                if len(running) > parallel:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    def _step(self, statistics: Statistics, step: int) -> Statistics:
+        (self._moments if step < self.options.moment_windows else self._gradients)(statistics, step)
+        statistics.steps_done = 1
+        return statistics
+
     def _forward(self, ids: list[int], observer: Callable[[AttentionCall], None]) -> None:
-        with torch.no_grad(), observe(observer):
+        """Show every layer's attention call to `observer`; what comes after the last of them is not computed."""
+
+        def until_last(call: AttentionCall) -> None:
+            observer(call)
+            if call.module is self.layers[-1].module:
+                raise PassDone
+
+        with torch.no_grad(), contextlib.suppress(PassDone), observe(until_last):
             self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
 
     def _recorder(self, seen: list[dict[str, torch.Tensor]]) -> Callable[[AttentionCall], None]:
@@ -116,10 +183,10 @@ class Collector:
         k = before_rope(call.k, layer.rope)
         return {"k": k.transpose(0, 1), "v": call.v.float().transpose(0, 1)}
 
-    def _moments(self, statistics: Statistics, step: int) -> None:
-        length = self.options.window_length
+    def _adder(self, statistics: Statistics, step: int, length: int) -> Callable[[AttentionCall], None]:
+        """An observer that adds the moments of a window of `length` tokens."""
         gen = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
-        count = min(length, -(-self.options.samples // self.options.num_windows))
+        count = min(length, -(-self.options.samples // self.num_steps))
         sample = torch.randperm(length, generator=gen)[:count].to(self.device)
 
         def observer(call: AttentionCall) -> None:
@@ -129,22 +196,29 @@ class Collector:
             sums.add_tokens("v", call.v.float(), sample)
             sums.add_queries(before_rope(call.q, layer.rope))
 
-        self._forward(self.corpus.window(step), observer)
+        return observer
+
+    def _moments(self, statistics: Statistics, step: int) -> None:
+        self._forward(self.corpus.window(step), self._adder(statistics, step, self.options.window_length))
 
     def _gradients(self, statistics: Statistics, step: int) -> None:
         ids = self.corpus.window(step)[: self.options.gradient_length]
         gen = torch.Generator(device=self.device).manual_seed(self.options.seed * 1_000_003 + step)
+        add = self._adder(statistics, step, len(ids))
         if self.options.backward:
-            self._backward(statistics, ids, gen)
+            self._backward(statistics, ids, gen, add)
         else:
-            self._local(statistics, ids, gen)
+            self._local(statistics, ids, gen, add)
 
-    def _backward(self, statistics: Statistics, ids: list[int], gen: torch.Generator) -> None:
+    def _backward(
+        self, statistics: Statistics, ids: list[int], gen: torch.Generator, add: Callable[[AttentionCall], None]
+    ) -> None:
         """Gradients of -log p(labels) with labels drawn from the model itself: their Gram is the Fisher metric."""
         masks: dict[int, dict[str, torch.Tensor]] = {}
 
         @torch.no_grad()
         def forward(call: AttentionCall) -> None:
+            add(call)
             masks[id(call.module)] = self._ordinary(statistics, call)
 
         def backward(module: nn.Module, dk: torch.Tensor, dv: torch.Tensor) -> None:
@@ -152,16 +226,37 @@ class Collector:
 
         tokens = torch.tensor([ids], device=self.device)
         embedded = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
+        head = self._plain_head
         with observe_gradients(forward, backward, self.options.window):
+            if head is not None:
+                hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+                hidden.backward(output_gradient(hidden.detach(), head, gen))
+                return
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
             with torch.no_grad():
                 labels = draw_labels(logits, gen)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 
-    def _local(self, statistics: Statistics, ids: list[int], gen: torch.Generator) -> None:
+    @cached_property
+    def _plain_head(self) -> nn.Linear | None:
+        """The output projection if the model's logits are just its product with the last hidden state (no soft cap, no
+        scale; tried out on a few tokens): then they need not exist all at once."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or self.model.base_model is self.model:
+            return None
+        ids = torch.arange(1, 9, device=self.device)[None]
+        with torch.no_grad():
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return head if torch.allclose(head(hidden), logits, rtol=1e-2, atol=1e-2) else None
+
+    def _local(
+        self, statistics: Statistics, ids: list[int], gen: torch.Generator, add: Callable[[AttentionCall], None]
+    ) -> None:
         """Gradients of random directions of each layer's output: their Gram measures the layer's output error."""
 
         def observer(call: AttentionCall) -> None:
+            add(call)
             layer = self._layer_of[id(call.module)]
             weight = layer.output_weight()
             shape = (call.q.shape[0], call.q.shape[1], layer.head_dim)

@@ -67,7 +67,7 @@ def collect_with_ray(
     if ray_options:
         task = task.options(**ray_options)
     empty = _to_bytes(start)
-    steps = range(collect.num_windows + collect.gradient_windows)
+    steps = range(collect.num_steps)
     files = [str(f) for f in data]
     jobs = [task.remote(str(model_dir), files, collect, empty, part, device) for part in share(steps, workers)]
     total = start

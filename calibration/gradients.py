@@ -16,14 +16,19 @@ import torch
 GradientCallback = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def _logits(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, soft_cap: float) -> torch.Tensor:
-    """Masked logits of one KV head: q [g, T, d], k [T, d] -> [g, T, T]."""
+STRIP = 128  # query rows worked on at once: what they see of the past fits a core's cache
+
+
+def _logits(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, soft_cap: float, first: int = 0
+) -> torch.Tensor:
+    """Masked logits of one KV head: q [g, n, d] standing at `first`, k [t, d] from position 0 -> [g, n, t]."""
     s = torch.matmul(q, k.T) * scale
     if soft_cap:
         s = soft_cap * torch.tanh(s / soft_cap)
     if mask is None:
-        t = q.shape[-2]
-        return s.masked_fill_(torch.ones(t, t, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
+        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu_(first + 1)
+        return s.masked_fill_(future, float("-inf"))
     return s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask
 
 
@@ -44,32 +49,37 @@ def attention_gradients(
     """
     heads, length = k.shape[0], k.shape[1]
     group = q.shape[0] // heads
-    dq, dk, dv, dk_far, dv_far = (torch.empty_like(x) for x in (q, k, v, k, v))
-    for h in range(heads):  # one KV head at a time bounds memory to g T^2
+    dq = torch.empty_like(q)
+    dk, dv, dk_far, dv_far = (torch.zeros_like(x) for x in (k, v, k, v))
+    for h in range(heads):
         rows = slice(h * group, (h + 1) * group)
-        s = _logits(q[rows], k[h], mask, scale, soft_cap)
-        p = s.softmax(-1)
-        ds = torch.matmul(grad[rows], v[h].T)
-        ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
-        if soft_cap:
-            ds.mul_(1 - (s.masked_fill(p == 0, 0.0) / soft_cap).square())
-        ds.mul_(scale)
-        dq[rows] = torch.matmul(ds, k[h])
-        dk[h] = _to_keys(ds, q[rows])
-        dv[h] = _to_keys(p, grad[rows])
-        dk_far[h], dv_far[h] = dk[h], dv[h]
-        for start in range(0, length, max(window, 1)):  # take the near band away, one strip of queries at a time
-            end, first = min(start + window, length), max(0, start - window + 1)
-            at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-            near = (at < window).to(q.dtype)
-            dk_far[h, first:end] -= _to_keys(ds[:, start:end, first:end] * near, q[rows, start:end])
-            dv_far[h, first:end] -= _to_keys(p[:, start:end, first:end] * near, grad[rows, start:end])
+        for start in range(0, length, STRIP):
+            end = min(start + STRIP, length)
+            seen = end if mask is None else length
+            queries, out = q[rows, start:end], grad[rows, start:end]
+            s = _logits(queries, k[h, :seen], None if mask is None else mask[start:end], scale, soft_cap, start)
+            p = s.softmax(-1)
+            ds = torch.matmul(out, v[h, :seen].T)
+            ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
+            if soft_cap:
+                ds.mul_(1 - (s.masked_fill(p == 0, 0.0) / soft_cap).square())
+            ds.mul_(scale)
+            dq[rows, start:end] = torch.matmul(ds, k[h, :seen])
+            # Columns before `mixed` are far from every query of the strip, later ones from some.
+            mixed = max(0, start - window + 1)
+            at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(mixed, seen, device=q.device)
+            far = (at >= window).to(q.dtype)
+            for weights, x, whole, distant in ((ds, queries, dk, dk_far), (p, out, dv, dv_far)):
+                part = _to_keys(weights, x)
+                whole[h, :seen] += part
+                distant[h, :mixed] += part[:mixed]
+                distant[h, mixed:seen] += _to_keys(weights[..., mixed:] * far, x)
     return dq, dk, dv, dk_far, dv_far
 
 
 def _to_keys(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """sum over a group's heads and queries: weights [g, n, t], x [g, n, d] -> [t, d]."""
-    return torch.matmul(weights.mT, x).sum(0)
+    return weights.flatten(0, 1).T @ x.reshape(-1, x.shape[-1])
 
 
 def _attention(

@@ -27,6 +27,20 @@ from vllm_kqsvd.calibration.sinks import FIRST_ORDINARY, Prototypes
 from vllm_kqsvd.errors import CalibrationError
 
 _METADATA_KEY = "kqsvd_statistics"
+_GRAM_BLOCK = 256  # tokens whose products are added in float32 before float64 takes over
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x of x [H, n, d] float32 -> [H, d, d] float64: float32 products, float64 sums over blocks of tokens.
+
+    For moments about zero whose mean is not subtracted later; those of keys and values are float64 throughout, because
+    key biases hundreds of times larger than the spread would leave no digits.
+    """
+    heads, _, dim = x.shape
+    whole = x.shape[1] // _GRAM_BLOCK * _GRAM_BLOCK
+    blocks = x[:, :whole].reshape(heads, -1, _GRAM_BLOCK, dim)
+    rest = x[:, whole:]
+    return (blocks.mT @ blocks).sum(1, dtype=torch.float64) + (rest.mT @ rest).double()
 
 
 class LayerStatistics:
@@ -69,15 +83,14 @@ class LayerStatistics:
     def add_queries(self, q: torch.Tensor) -> None:
         """Queries q [Hq, T, d] before RoPE; the heads of a KV head are stacked, not averaged."""
         heads, dim = self.sums["q_gram"].shape[:2]
-        y = q[:, FIRST_ORDINARY:].double().reshape(heads, -1, dim)
+        y = q[:, FIRST_ORDINARY:].float().reshape(heads, -1, dim)
         self.sums["q_count"] += y.shape[1]
-        self.sums["q_gram"] += y.mT @ y
+        self.sums["q_gram"] += gram(y)
 
     def add_gradients(self, side: str, grad: torch.Tensor, ordinary: torch.Tensor) -> None:
         """Gradients [H, T, d] of a window's loss before RoPE; tokens outside `ordinary` [H, T] are left out."""
-        y = grad.double() * ordinary[..., None]
         self.sums[f"{side}_grad_count"] += ordinary.sum(-1)
-        self.sums[f"{side}_grad_gram"] += y.mT @ y
+        self.sums[f"{side}_grad_gram"] += gram(grad.float() * ordinary[..., None])
 
     def mean(self, side: str) -> torch.Tensor:
         """Mean of ordinary tokens before RoPE, [H, d] float64."""
@@ -123,6 +136,11 @@ class Statistics:
 
     def __init__(self, layers: list[LayerStatistics], options: dict[str, object], steps_done: int = 0) -> None:
         self.layers, self.options, self.steps_done = layers, options, steps_done
+
+    def blank(self) -> Statistics:
+        """Empty statistics with the same prototypes."""
+        grams = [(x.prototypes, x.sums["q_gram"]) for x in self.layers]
+        return Statistics([LayerStatistics(g.shape[0], g.shape[1], p, g.device) for p, g in grams], self.options)
 
     def merge(self, other: Statistics) -> None:
         """Add another run's sums (see LayerStatistics.merge)."""

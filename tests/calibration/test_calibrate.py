@@ -80,24 +80,52 @@ def test_statistics_stream_merge_and_equal_a_batch(llama: Path, text_file: Path)
     layers = probe(model)
     corpus = Corpus([text_file], tokenizer_of(llama), SMALL.window_length)
     collector = Collector(model, layers, corpus, SMALL)
-    whole = collector.run(collector.start({}), range(7))
-    parts = [collector.run(collector.start({}), steps) for steps in (range(0, 3), range(3, 7))]
+    assert (SMALL.moment_windows, collector.num_steps) == (4, 6)
+    whole = collector.run(collector.start({}), range(6))
+    parts = [collector.run(collector.start({}), steps) for steps in (range(0, 3), range(3, 6))]
     parts[0].merge(parts[1])
-    assert parts[0].steps_done == 7
+    assert parts[0].steps_done == 6
     for name, value in sums(whole).items():
         assert torch.allclose(sums(parts[0])[name], value, rtol=1e-12), name
     seen: list[torch.Tensor] = []
     with torch.no_grad():
-        for i in range(SMALL.num_windows):
+        for i in range(6):
             calls: list[AttentionCall] = []
+            ids = corpus.window(i)[: SMALL.window_length if i < 4 else SMALL.gradient_length]
             with observe(calls.append):
-                model.base_model(input_ids=torch.tensor([corpus.window(i)]), use_cache=False)
+                model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
             seen.append(before_rope(calls[1].k, layers[1].rope).double())
     batch = torch.cat([x[:, 4:] for x in seen], 1)
     got = whole.layers[1]
     if not bool((got.sums["k_sink_count"] > 0).any()):
         assert torch.allclose(got.second_moment("k"), batch.mT @ batch / batch.shape[1], rtol=1e-9)
         assert torch.allclose(got.mean("k"), batch.mean(1), rtol=1e-9, atol=1e-12)
+
+
+def test_windows_at_once_change_no_bit(llama: Path, text_file: Path) -> None:
+    model = load_model(str(llama), "cpu", torch.float32)
+    corpus = Corpus([text_file], tokenizer_of(llama), SMALL.window_length)
+    collector = Collector(model, probe(model), corpus, SMALL)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for parallel in (1, 3):
+            torch.set_num_threads(parallel)
+            found.append(sums(collector.run(collector.start({}), range(collector.num_steps))))
+            assert torch.get_num_threads() == parallel
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_chunked_logits_give_the_gradients_of_whole_ones(llama: Path, text_file: Path) -> None:
+    model = load_model(str(llama), "cpu", torch.float32)
+    collector = Collector(model, probe(model), Corpus([text_file], tokenizer_of(llama), SMALL.window_length), SMALL)
+    assert collector._plain_head is model.get_output_embeddings()
+    chunked = sums(collector.run(collector.start({}), range(4, 6)))
+    collector.__dict__["_plain_head"] = None
+    whole = sums(collector.run(collector.start({}), range(4, 6)))
+    for name in (n for n in whole if n.endswith("grad_gram")):
+        assert torch.allclose(chunked[name], whole[name], rtol=1e-3, atol=1e-6 * float(whole[name].abs().max())), name
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(

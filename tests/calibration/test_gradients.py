@@ -22,7 +22,9 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near: torch.Tensor,
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_equal_autograd(cap: float, masked: bool) -> None:
+@pytest.mark.parametrize("strip", [5, 128])
+def test_gradients_equal_autograd(cap: float, masked: bool, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_kqsvd.calibration.gradients.STRIP", strip)
     gen = torch.Generator().manual_seed(1)
     q, k, v, grad = (torch.randn(h, 12, 8, generator=gen, dtype=torch.float64) for h in (4, 2, 2, 4))
     mask = torch.ones(12, 12, dtype=torch.bool).tril() if masked else None
