@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct, dequantized from GGUF, is calibrated on Wikipedia and Python sources, served by vLLM with the
 plugin, and compared with its own uncompressed cache on text that was held out. Model, text and projection are kept
-under build/ for later runs. The summary is also written to build/demo.json.
+under build/ for later runs. The summary is also written to build/demo.json. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from benchmarks.assets.fetch import BUILD
 from benchmarks.assets.models import model_folder
 from benchmarks.assets.text import calibration_files, held_out_files
 from benchmarks.demo_server import Server
+from benchmarks.peak_memory import PeakMemory
 
 ROOT = BUILD.parent
 DEMO = BUILD / "demo"
 KV_BYTES = 256 << 20
+MEMORY_LIMIT = 8 * 10**9  # what the demo may hold on a machine without a GPU
 CONTEXT = 2048
 SERVE = ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "8"]
 # A few windows are enough to show the way; the command's own default is 64 with 12 gradient windows.
@@ -42,7 +44,7 @@ def kqsvd(*arguments: object) -> str:
 
 def projection_key() -> str:
     """Changes with whatever a projection is made from: the calibrator, the codec, the options."""
-    digest = hashlib.sha256(" ".join(CALIBRATE).encode())
+    digest = hashlib.sha256(" ".join([*CALIBRATE, *on_gpu()]).encode())
     for folder in ("calibration", "vllm_kqsvd"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
@@ -55,15 +57,25 @@ def projection(model: Path) -> Path:
     if not folder.exists():
         for old in DEMO.glob("projection-*"):
             shutil.rmtree(old)
-        kqsvd("calibrate", model, "--output", folder, *CALIBRATE, "--data", *calibration_files())
+        kqsvd("calibrate", model, "--output", folder, *CALIBRATE, *on_gpu(), "--data", *calibration_files())
     return folder
+
+
+def has_gpu() -> bool:
+    """Whether calibration, verification and both servers run on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def on_gpu() -> list[str]:
+    """On a GPU, keep to bit plans that have compiled decode kernels."""
+    return ["--plans", "catalogue"] if has_gpu() else []
 
 
 def eager() -> list[str]:
     """On a CPU, compiling the model would take longer than the whole chat."""
-    import torch
-
-    return [] if torch.cuda.is_available() else ["--enforce-eager"]
+    return [] if has_gpu() else ["--enforce-eager"]
 
 
 def chat(server: Server) -> tuple[str, str]:
@@ -88,6 +100,17 @@ def step(text: str) -> None:
 
 
 def main() -> None:
+    with PeakMemory() as memory:
+        summary, report, streamed = demo()
+    summary["peak_memory_gb"] = round(memory.bytes / 1e9, 2)
+    (BUILD / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(summary, report, streamed)
+    if memory.bytes > MEMORY_LIMIT and not has_gpu():
+        sys.exit(f"the demo held more than {MEMORY_LIMIT / 1e9:.0f} GB")
+
+
+def demo() -> tuple[dict, str, str]:
+    """Run everything; returns the summary, the plugin's boot report and the streamed reply."""
     start = time.monotonic()
     DEMO.mkdir(parents=True, exist_ok=True)
     step("model and text")
@@ -115,8 +138,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - start, 1),
         "reply": reply,
     }
-    (BUILD / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print_summary(summary, report, streamed)
+    return summary, report, streamed
 
 
 def print_summary(summary: dict, report: str, streamed: str) -> None:
@@ -132,6 +154,7 @@ SmolLM2-135M-Instruct (dequantized from GGUF), {KV_BYTES >> 20} MiB of KV cache
   asked              {QUESTION}
   reply              {summary["reply"]}
   streamed           {"the same" if streamed == summary["reply"] else streamed}
+  peak memory        {summary["peak_memory_gb"]:.1f} GB, everything the demo ran at once
   seconds            {summary["seconds"]}; also in build/demo.json""")
 
 
