@@ -4,7 +4,8 @@
     python -m benchmarks.decode_throughput --arms auto fp8 kqsvd-4 kqsvd-2.5 --requests 192 [--output CSV]
 
 Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
-decodes `--output-len` more. Each arm runs in a process of its own with the same memory; rows go to
+decodes `--output-len` more. (Filling the new requests' blocks is inside the measured time; the connector's
+`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards.) Each arm runs in a process of its own with the same memory; rows go to
 benchmarks/results/serving.csv. Weights are random (`--load-format dummy`): speed depends on shapes alone.
 """
 
@@ -42,8 +43,6 @@ def engine_options(arm: str, model: Path, options: argparse.Namespace) -> dict:
         "tensor_parallel_size": options.tensor_parallel,
         "kv_transfer_config": {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"},
     }
-    if options.startup_fill:
-        kw["kv_transfer_config"]["kv_connector_extra_config"] = {"startup_fill": True}
     if options.executor:
         kw["distributed_executor_backend"] = options.executor
     if options.compilation:
@@ -128,7 +127,6 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
     parser.add_argument("--executor", choices=("mp", "ray"), help="how tensor-parallel workers are run")
-    parser.add_argument("--startup-fill", action="store_true", help="fill the cache once at start, not per request")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--run-arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -108,7 +108,6 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
-    parser.add_argument("--startup-fill", action="store_true")
     parser.add_argument("--executor", choices=("mp", "ray"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profiled", type=int, default=9)
