@@ -4,9 +4,10 @@
     python -m benchmarks.decode_throughput --arms auto fp8 kqsvd-4 kqsvd-2.5 --requests 192 [--output CSV]
 
 Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
-decodes `--output-len` more. (Filling the new requests' blocks is inside the measured time; the connector's
-`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards.) Each arm runs in a process of its own with the same memory; rows go to
-benchmarks/results/serving.csv. Weights are random (`--load-format dummy`): speed depends on shapes alone.
+decodes `--output-len` more. Filling the new requests' blocks is inside the measured time (the connector's
+`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards). Each arm runs in a
+process of its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random
+(`--load-format dummy`): speed depends on shapes alone.
 """
 
 from __future__ import annotations
