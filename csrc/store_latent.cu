@@ -3,7 +3,8 @@
 #include <algorithm>
 
 #include "kqsvd/check.h"
-#include "kqsvd/store.cuh"
+#include "kqsvd/store_few.cuh"
+#include "kqsvd/store_many.cuh"
 #include "kqsvd/turn.h"
 #include "ops.h"
 
@@ -16,7 +17,7 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
                   " must be a multiple of 16 up to 256");
   STD_TORCH_CHECK(period > 0 && (period & (period - 1)) == 0, name, ": mean period must be a power of two");
   const int64_t groups = rank / kGroup;
-  check_tensor(c.encode, "encode", ScalarType::BFloat16, {heads, groups, dim / 16, 2, 32, 8}, device);
+  check_tensor(c.encode, "encode", ScalarType::BFloat16, {heads, groups, store_steps(dim), 2, 32, 8}, device);
   check_tensor(c.weight, "weight", ScalarType::Float, {heads, rank, 2}, device);
   check_tensor(c.latent_mean, "latent_mean", ScalarType::Float, {heads, 2, period, rank}, device);
   check_tensor(c.class_vector, "class_vector", ScalarType::Float, {heads, period, dim}, device);
@@ -41,41 +42,46 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
   return side;
 }
 
-constexpr int kDecodeTokens = 256;  // up to here one CTA per 16 tokens; beyond, CTAs that keep their matrix
+constexpr int kFewTokens = 256;  // up to here a CTA per 16 tokens; beyond, CTAs that keep their tables
 
-template <typename T, int WM, int MW, int GPW, int kWarpColumns>
-void launch_store(StoreParams& p, int heads, const Launch& on) {
-  constexpr int kTokens = WM * MW * 16;
-  const int tiles = (p.num_tokens + kTokens - 1) / kTokens;
-  const int groups = std::max(p.side[0].groups, p.side[1].groups);
-  const int threads = 32 * WM * ((groups + GPW - 1) / GPW);
+template <typename T, int kSteps>
+void launch_few(StoreParams& p, int heads, const Launch& on) {
+  const int tiles = (p.num_tokens + kTile - 1) / kTile, groups = std::max(p.side[0].groups, p.side[1].groups);
+  launch_early(store_few_kernel<T, kSteps>, p, dim3(2 * tiles, heads), 32 * groups, sizeof(StoreFewShared<kSteps>), on);
+}
+
+template <typename T, int kColumns>
+void launch_many(StoreParams& p, int heads, const Launch& on) {
+  constexpr int kWarps = kManyWarps<kColumns>;
   const DeviceLimits& device = limits_of(on.device());
-  size_t shared = store_shared_bytes<kTokens, kWarpColumns>(p.dim, groups, true);
-  const bool fits = shared <= static_cast<size_t>(device.shared_per_block);
-  if (!fits) shared = store_shared_bytes<kTokens, kWarpColumns>(p.dim, groups, false);
-  int value_ctas = tiles;
-  p.key_ctas = tiles;
-  if (WM * MW > 1) {  // a wave of resident CTAs; keys take three products where values take two
-    const int resident = std::max<int>(1, std::min<int>(device.shared_per_multiprocessor / (shared + 1024), 1536 / threads));
-    const int per_head = std::max(2, device.multiprocessors * resident / heads);
-    const bool heavy = p.side[0].rotate;
-    p.key_ctas = std::min(tiles, std::max(1, heavy ? (per_head * 11 + 10) / 20 : per_head / 2));
-    value_ctas = std::min(tiles, std::max(1, per_head - p.key_ctas));
+  int bytes[2] = {};
+  for (const bool in_shared : {false, true}) {
+    for (const StoreSide& side : p.side) {
+      const StoreManyLayout l =
+          store_many_layout(p.dim, p.steps, side.groups, side.period, kColumns, kWarps, in_shared);
+      bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
+    }
   }
+  // One CTA per multiprocessor; rotated keys take three products and a rotation where values take two.
+  const int tiles = (p.num_tokens + kTile - 1) / kTile, per_head = std::max(2, device.multiprocessors / heads);
+  const int keys = p.side[0].rotate ? (per_head * 9 + 8) / 16 : per_head / 2;
+  p.key_ctas = std::min(tiles, std::max(1, keys));
+  const int value_ctas = std::min(tiles, std::max(1, per_head - keys));
   const dim3 grid(p.key_ctas + value_ctas, heads);
-  if (fits) {
-    launch(store_kernel<T, WM, MW, GPW, kWarpColumns, true>, p, grid, threads, shared, on.stream());
+  if (bytes[1] <= device.shared_per_block) {
+    launch_early(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, bytes[1], on);
   } else {
-    launch(store_kernel<T, WM, MW, GPW, kWarpColumns, false>, p, grid, threads, shared, on.stream());
+    launch_early(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, bytes[0], on);
   }
 }
 
 template <typename T>
 void launch_dtype(StoreParams& p, int heads, const Launch& on) {
-  if (p.num_tokens <= kDecodeTokens) {
-    launch_store<T, 1, 1, 1, 16>(p, heads, on);
+  const bool wide = p.dim > 128 || std::max(p.side[0].groups, p.side[1].groups) > kWarpGroups;
+  if (p.num_tokens <= kFewTokens) {
+    wide ? launch_few<T, 16>(p, heads, on) : launch_few<T, 8>(p, heads, on);
   } else {
-    launch_store<T, 2, 2, 2, 8>(p, heads, on);
+    wide ? launch_many<T, 2>(p, heads, on) : launch_many<T, 1>(p, heads, on);
   }
 }
 
@@ -132,7 +138,7 @@ void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, s
   p.slots = data<const int64_t>(slot_mapping);
   p.positions = data<const int64_t>(positions);
   p.num_tokens = static_cast<int>(tokens), p.dim = static_cast<int>(dim);
-  while ((1 << p.chunk_lanes_log2) < dim / 8) ++p.chunk_lanes_log2;
+  p.steps = store_steps(static_cast<int>(dim));
   p.block_size = static_cast<int>(block_size), p.tiles_per_block = static_cast<int>(block_size / kTile);
   p.tile_bytes = static_cast<int>(tile_bytes);
   const Launch on(key);

@@ -92,7 +92,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 struct DeviceLimits {
-  int multiprocessors, shared_per_block, shared_per_multiprocessor;
+  int multiprocessors, shared_per_block, shared_per_multiprocessor, major;
 };
 
 inline const DeviceLimits& limits_of(int device) {
@@ -103,19 +103,40 @@ inline const DeviceLimits& limits_of(int device) {
     check_cuda(
         cudaDeviceGetAttribute(&d.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
         "device");
+    check_cuda(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, device), "device");
     check_cuda(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device), "device");
   }
   return d;
 }
 
-// Launches `kernel` with `shared` bytes of dynamic shared memory, raising its limit where that is needed.
-template <typename Kernel, typename Params>
-void launch(Kernel kernel, const Params& params, dim3 grid, int threads, size_t shared, cudaStream_t stream) {
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t shared) {
   if (shared > 48 * 1024) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
                "shared memory limit");
   }
+}
+
+// Launches `kernel` with `shared` bytes of dynamic shared memory, raising its limit where that is needed.
+template <typename Kernel, typename Params>
+void launch(Kernel kernel, const Params& params, dim3 grid, int threads, size_t shared, cudaStream_t stream) {
+  allow_shared(kernel, shared);
   kernel<<<grid, threads, shared, stream>>>(params);
+}
+
+// As `launch`, but from sm_90 on the kernel may start while the previous one in the stream is still running: it has to
+// call wait_for_previous_grid before it touches what others write.
+template <typename Kernel, typename Params>
+void launch_early(Kernel kernel, const Params& params, dim3 grid, int threads, size_t shared, const Launch& on) {
+  allow_shared(kernel, shared);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.stream = on.stream(), config.attrs = &attribute;
+  config.numAttrs = limits_of(on.device()).major >= 9 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params), "kernel launch");
 }
 
 }  // namespace kqsvd

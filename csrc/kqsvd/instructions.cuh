@@ -20,6 +20,19 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Programmatic dependent launch: a kernel launched so may start before the previous one in its stream has ended, and
+// waits here for its results. Without it (or before sm_90) both do nothing.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void release_next_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // A operand of one m16 x k16 step: `tile` points at (row 0, k 0) of the step, rows `stride` bytes apart.
 __device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int stride, int lane) {
   const char* p = tile + (lane & 15) * stride + (lane >> 4) * 16;

@@ -34,7 +34,8 @@ struct PlanView {
 };
 
 // Columns 2t (low 16 bits) and 2t + 1 of one token in a plane: 16 bits each in a full plane, 8 bits in a half plane.
-// `words[4 * group]` are the token's code words of this t.
+// `words[kStride * group]` are the token's code words of this t.
+template <int kStride>
 __device__ __forceinline__ uint32_t gather_plane(const int4& head, const int* entries, const uint32_t* words) {
   const int bits = head.x & 255, count = head.x >> 16, step = head.x & 256 ? 2 * bits : bits;
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
@@ -42,8 +43,8 @@ __device__ __forceinline__ uint32_t gather_plane(const int4& head, const int* en
   int at = 0;
   for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
     const int2 e = *reinterpret_cast<const int2*>(entries + i);
-    uint32_t a = (words[4 * (e.x & 255)] >> (e.x >> 8)) & mask;
-    uint32_t b = (words[4 * (e.y & 255)] >> (e.y >> 8)) & mask;
+    uint32_t a = (words[kStride * (e.x & 255)] >> (e.x >> 8)) & mask;
+    uint32_t b = (words[kStride * (e.y & 255)] >> (e.y >> 8)) & mask;
     if (head.x & 256) {
       a = (a | a >> (8 - bits)) & 0x00ff00ffu;
       b = (b | b >> (8 - bits)) & 0x00ff00ffu;

@@ -63,8 +63,8 @@ __device__ __forceinline__ void turn_pair(float& re, float& im, float cosine, fl
   re = u;
 }
 
-// Turns the 8 elements of a chunk by sign * block * T positions. Table row layout: 4 pairs of a chunk are adjacent.
-__device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, const RopeTurn& rope, float sign) {
+// (cos, sin) of the 4 pairs of chunk `index` at a block's start. Table row layout: 4 pairs of a chunk are adjacent.
+__device__ __forceinline__ void load_turn(float4 (&turn)[2], int index, int block, const RopeTurn& rope) {
   const int row4 = rope.rotary_dim / 4;  // float4 per table row
   const float4* fine = rope.table + (block & (kTurnRows - 1)) * row4 + 2 * index;
   const float4* coarse = rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * index;
@@ -75,8 +75,16 @@ __device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, 
       const float4 c = __ldg(coarse + i);
       f = make_float4(f.x * c.x - f.y * c.y, f.x * c.y + f.y * c.x, f.z * c.z - f.w * c.w, f.z * c.w + f.w * c.z);
     }
-    const float cos0 = f.x, sin0 = sign * f.y, cos1 = f.z, sin1 = sign * f.w;
-    if (rope.interleaved) {
+    turn[i] = f;
+  }
+}
+
+// Turns the 8 elements of a chunk; sign -1 turns back.
+__device__ __forceinline__ void apply_turn(float (&x)[8], const float4 (&turn)[2], bool interleaved, float sign) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float cos0 = turn[i].x, sin0 = sign * turn[i].y, cos1 = turn[i].z, sin1 = sign * turn[i].w;
+    if (interleaved) {
       turn_pair(x[4 * i], x[4 * i + 1], cos0, sin0);
       turn_pair(x[4 * i + 2], x[4 * i + 3], cos1, sin1);
     } else {
@@ -84,6 +92,19 @@ __device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, 
       turn_pair(x[2 * i + 1], x[2 * i + 5], cos1, sin1);
     }
   }
+}
+
+// Turns the 8 elements of a chunk by sign * block * T positions.
+__device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, const RopeTurn& rope, float sign) {
+  float4 turn[2];
+  load_turn(turn, index, block, rope);
+  apply_turn(x, turn, rope.interleaved, sign);
+}
+
+// Four operand registers that lie side by side in shared memory.
+__device__ __forceinline__ void load_operand(uint32_t (&a)[4], const uint32_t (&from)[4]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
 }
 
 // Scale byte: bit 7 the class, bits 0-6 a minifloat with 4 exponent and 3 mantissa bits (docs/format.md, 2).

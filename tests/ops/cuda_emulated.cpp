@@ -4,32 +4,43 @@
 #include "cuda_emulator.h"
 
 #include "kqsvd/dequantize.cuh"
-#include "kqsvd/store.cuh"
+#include "kqsvd/store_few.cuh"
+#include "kqsvd/store_many.cuh"
 
 namespace kqsvd {
 
-template <typename T, int WM, int MW, int GPW, int kWarpColumns>
-void emulate_store(StoreParams& p, int heads, int ctas, bool in_shared) {
-  constexpr int kTokens = WM * MW * 16;
-  const int tiles = (p.num_tokens + kTokens - 1) / kTokens, groups = std::max(p.side[0].groups, p.side[1].groups);
-  const int threads = 32 * WM * ((groups + GPW - 1) / GPW);
+template <typename T, int kColumns>
+void emulate_many(StoreParams& p, int heads, int ctas, bool in_shared) {
+  constexpr int kWarps = kManyWarps<kColumns>;
+  const int tiles = (p.num_tokens + kTile - 1) / kTile;
   p.key_ctas = std::min(tiles, ctas);
-  const size_t shared = store_shared_bytes<kTokens, kWarpColumns>(p.dim, groups, in_shared);
+  size_t shared = 0;
+  for (const StoreSide& side : p.side) {
+    const StoreManyLayout l = store_many_layout(p.dim, p.steps, side.groups, side.period, kColumns, kWarps, in_shared);
+    shared = std::max<size_t>(shared, l.bytes);
+  }
   if (shared > sizeof(memory)) __trap();
   const dim3 grid(2 * p.key_ctas, heads);
   if (in_shared) {
-    emulator::launch(store_kernel<T, WM, MW, GPW, kWarpColumns, true>, p, grid, threads, memory, shared);
+    emulator::launch(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, memory, shared);
   } else {
-    emulator::launch(store_kernel<T, WM, MW, GPW, kWarpColumns, false>, p, grid, threads, memory, shared);
+    emulator::launch(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, memory, shared);
   }
 }
 
 template <typename T>
 void emulate_store_dtype(StoreParams& p, int heads, bool many, int ctas, bool in_shared) {
+  const int groups = std::max(p.side[0].groups, p.side[1].groups);
+  const bool wide = p.dim > 128 || groups > kWarpGroups;
   if (many) {
-    emulate_store<T, 2, 2, 2, 8>(p, heads, ctas, in_shared);
+    wide ? emulate_many<T, 2>(p, heads, ctas, in_shared) : emulate_many<T, 1>(p, heads, ctas, in_shared);
+    return;
+  }
+  const dim3 grid(2 * ((p.num_tokens + kTile - 1) / kTile), heads);
+  if (wide) {
+    emulator::launch(store_few_kernel<T, 16>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
   } else {
-    emulate_store<T, 1, 1, 1, 16>(p, heads, ctas, in_shared);
+    emulator::launch(store_few_kernel<T, 8>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
   }
 }
 

@@ -124,6 +124,21 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  emulator::Warp& w = emulator::my_warp();
+  std::memcpy(w.lane_data[emulator::my_lane()], &value, sizeof(T));
+  emulator::sync_warp();
+  std::memcpy(&value, w.lane_data[from], sizeof(T));
+  emulator::sync_warp();
+  return value;
+}
+inline bool __all_sync(unsigned, bool value) {
+  bool all = true;
+  for (int lane = 0; lane < 32; ++lane) all = __shfl_sync(0xffffffffu, value, lane) && all;
+  return all;
+}
+
+template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
@@ -160,6 +175,8 @@ inline void copy_async_16(void* shared, const void* global) {
   std::memcpy(shared, global, 16);
 }
 inline void copy_async_wait() {}
+inline void wait_for_previous_grid() {}
+inline void release_next_grid() {}
 
 inline void load_fragment_a(uint32_t (&a)[4], const char* tile, int stride, int lane) {
   const int g = lane / 4, t = lane % 4;

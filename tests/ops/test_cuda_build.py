@@ -33,5 +33,6 @@ def test_compiles_without_spills(source, tmp_path):
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert sum(spilled) == 0
-    assert max(registers, default=0) <= 128  # two blocks of 256 threads on a multiprocessor
+    # Blocks of 256 threads, two on a multiprocessor; the store kernel of prefill chunks fills it alone.
+    assert max(registers, default=0) <= (255 if source == "store_latent.cu" else 128)
     assert (source == "bindings.cpp") == (not registers)

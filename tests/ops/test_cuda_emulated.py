@@ -57,7 +57,7 @@ class StoreParams(ctypes.Structure):
         for n in (
             "num_tokens",
             "dim",
-            "chunk_lanes_log2",
+            "steps",
             "block_size",
             "tiles_per_block",
             "tile_bytes",
@@ -133,7 +133,7 @@ def run_store(lib, codec, key, value, pages, slots, positions, block_size, windo
         p.window, p.window_slots, p.window_block_size = window.data_ptr(), window_slots.data_ptr(), window.shape[2]
         p.window_stride = (I64 * 3)(*window.stride()[:3])
     p.slots, p.positions, p.num_tokens, p.dim = slots.data_ptr(), positions.data_ptr(), slots.numel(), dim
-    p.chunk_lanes_log2 = (dim // 8 - 1).bit_length()
+    p.steps = tables.k.encode.shape[2]
     p.block_size, p.tiles_per_block, p.tile_bytes = block_size, block_size // TILE, tables.tile_bytes
     bf16 = key.dtype == torch.bfloat16
     lib.store(ctypes.byref(p), heads, bf16, how.get("many", False), how.get("ctas", 1), how.get("in_shared", True))

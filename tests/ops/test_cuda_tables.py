@@ -15,6 +15,7 @@ from vllm_kqsvd.layout import TILE, layout_of
 from vllm_kqsvd.ops import reference
 from vllm_kqsvd.ops.cuda_tables import (
     TURN_ROWS,
+    chunk_order,
     decode_image,
     encode_image,
     layer_tables,
@@ -80,16 +81,26 @@ def test_plan_table_packs_as_the_layout_does(k_bits, v_bits):
         assert packed_tile(table, codes, name == "v", layout.tile_bytes) == want
 
 
-def test_encode_image_is_the_b_operand():
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(0, False), (16, True), (16, False), (48, False)])
+def test_encode_image_is_the_b_operand(rotary_dim, interleaved):
     encode = torch.randn(2, 48, 32, dtype=torch.float64)
-    image = encode_image(encode).double()
+    order = chunk_order(48, rotary_dim, interleaved)
+    assert sorted(order.flatten().tolist()) == list(range(48))
+    if rotary_dim and not interleaved:  # both halves of a rotated pair in one chunk
+        turned = order[: rotary_dim // 8]
+        assert torch.equal(turned[:, 4:], turned[:, :4] + rotary_dim // 2)
+    image = encode_image(encode, order).double()
     both = image.sum(3)  # high and low terms
     for lane in (0, 5, 31):
         g, t = lane // 4, lane % 4
-        for group, step, tile in ((0, 0, 0), (1, 2, 1)):
-            rows = torch.tensor([2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]) + 16 * step
+        for group, step, tile in ((0, 0, 0), (1, 1, 1), (0, 2, 1), (1, 3, 0)):
+            chunk = 4 * (step // 2) + t
             got = both[1, group, step, lane, 4 * tile : 4 * tile + 4]
-            want = encode[1, rows, 16 * group + 8 * tile + g]
+            if chunk < 6:
+                rows = order[chunk, 4 * (step % 2) : 4 * (step % 2) + 4]
+                want = encode[1, rows, 16 * group + 8 * tile + g]
+            else:
+                want = torch.zeros(4, dtype=torch.float64)
             assert torch.allclose(got, want, rtol=2**-16, atol=0)
 
 
@@ -117,9 +128,9 @@ def test_turns_multiply_to_every_block_start(rope_block):
 
 
 def test_class_rule_and_latent_means():
-    assert SINK_RATIO == 0.3  # store.cuh has 0.7 |x|^2 in it
+    assert SINK_RATIO == 0.3  # the store kernels have 0.7 |x|^2 in it
     codec = random_codec(LayerPlan(side_plan(8, 4, 4), side_plan(4, 4)), rope_block=32)
-    tables = side_tables(codec.k, codec.layout, "k")
+    tables = side_tables(codec.k, codec.layout, "k", chunk_order(64, 64, False))
     offset = torch.arange(32)
     mean, sink = (x.double() for x in reference._means(codec.to("cpu", torch.float64).k, offset))
     x = torch.randn(32, 2, 64, dtype=torch.float64) + torch.where(offset[:, None, None] % 2 > 0, mean, sink)

@@ -30,17 +30,31 @@ def plan_table(layout: LatentLayout, side: str) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.int32)
 
 
-def encode_image(encode: torch.Tensor) -> torch.Tensor:
-    """encode [H, d, R] -> [H, R / 16, d / 16, 2, 32, 8] bf16: B fragments of `mma.m16n8k16`, high and low terms.
+def chunk_order(dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:
+    """[d / 8, 8]: the elements of every chunk of a row (csrc/kqsvd/primitives.cuh); rotated pairs stay whole."""
+    chunk = torch.arange(dim // 8)[:, None]
+    eight = torch.arange(8)[None]
+    paired = 4 * chunk + eight % 4 + (rotary_dim // 2) * (eight >= 4)
+    apart = (8 * chunk < rotary_dim) & (not interleaved)
+    return torch.where(apart, paired, 8 * chunk + eight)
 
-    Lane 4 g + t holds, for each of the group's two n-tiles, rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g.
+
+def encode_image(encode: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """encode [H, d, R], order [d / 8, 8] -> [H, R / 16, steps, 2, 32, 8] bf16: B fragments of `mma.m16n8k16`.
+
+    Term 0 is the rounded matrix, term 1 what is left. Chunk 4 c + t is lane t's part (of every quad) of steps 2 c and
+    2 c + 1: lane 4 g + t holds, for each of the group's two n-tiles, column g of four elements of the chunk. Rows
+    beyond d are zero.
     """
     heads, dim, rank = encode.shape
-    high = encode.to(torch.bfloat16)
-    low = (encode.double() - high.double()).to(torch.bfloat16)
-    x = torch.stack((high, low), 1).view(heads, 2, dim // 16, 2, 4, 2, rank // 16, 2, 8)
-    x = x.permute(0, 6, 2, 1, 8, 4, 7, 3, 5)  # head, group, step, term, g, t, tile, half, pair
-    return x.reshape(heads, rank // 16, dim // 16, 2, 32, 8).contiguous()
+    chunks = -(-dim // 32) * 4
+    rows = encode.new_zeros(heads, chunks * 8, rank)
+    rows[:, :dim] = encode[:, order.flatten().to(encode.device)]
+    high = rows.to(torch.bfloat16)
+    low = (rows.double() - high.double()).to(torch.bfloat16)
+    x = torch.stack((high, low), 1).view(heads, 2, chunks // 4, 4, 2, 4, rank // 16, 2, 8)
+    x = x.permute(0, 6, 2, 4, 1, 8, 3, 7, 5)  # head, group, chunk / 4, step, term, g, t, tile, element
+    return x.reshape(heads, rank // 16, chunks // 2, 2, 32, 8).contiguous()
 
 
 def decode_image(decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,14 +109,14 @@ class SideTables:
         return (self.decode, self.decode_unit, self.mean, self.plan, self.first_byte, self.num_bytes)
 
 
-def side_tables(side: SideCodec, layout: LatentLayout, name: str) -> SideTables:
-    """Constants of side `name` ("k" or "v") on the codec's device."""
+def side_tables(side: SideCodec, layout: LatentLayout, name: str, order: torch.Tensor) -> SideTables:
+    """Constants of side `name` ("k" or "v") on the codec's device; `order` of its elements from `chunk_order`."""
     both = torch.stack((side.mean, side.sink), 1).double()  # [H, 2, M, d]
     mean = torch.einsum("pm,hcmd->hcpd", side.mean_basis.double(), both)
     ordinary, sink = mean.unbind(1)
     image, unit = decode_image(side.decode)
     return SideTables(
-        encode=encode_image(side.encode),
+        encode=encode_image(side.encode, order),
         weight=torch.stack((side.scale_weight, side.guard_weight), -1).float().contiguous(),
         latent_mean=torch.einsum("hcpd,hdr->hcpr", mean, side.encode.double()).float().contiguous(),
         class_vector=(2 * (sink - SINK_RATIO * ordinary)).float().contiguous(),
@@ -146,9 +160,10 @@ def layer_tables(codec: LayerCodec) -> LayerTables:
     else:
         table = torch.zeros(0, device=device)
     layout = codec.layout
+    turned = rotary if codec.rope_block else 0
     return LayerTables(
-        side_tables(codec.k, layout, "k"),
-        side_tables(codec.v, layout, "v"),
+        side_tables(codec.k, layout, "k", chunk_order(dim, turned, codec.rope.interleaved)),
+        side_tables(codec.v, layout, "v", chunk_order(dim, 0, False)),
         table,
         codec.rope_block,
         codec.rope.interleaved,

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Store of a decode step's tokens: latency is all that counts. One CTA per side, head and 16 tokens, one warp per
+// group of channels; each warp loads its part of the encode matrix straight into operand registers before it waits for
+// the kernel that makes the rows.
+#pragma once
+
+#include "store_params.cuh"
+
+namespace kqsvd {
+
+template <int kSteps>
+struct StoreFewShared {
+  alignas(16) uint32_t operand[2][kSteps][32][4];  // A fragments: high and low terms
+  uint32_t codes[kMaxGroups][2][32];               // words of lane 4 g + t for tokens g and g + 8
+  float2 partial[kMaxGroups][kTile];               // sum and peak of the token scale
+  int mean_row[kTile];
+  alignas(16) int plan[kPlanInts];
+};
+
+template <typename T, int kSteps, bool kSplit>
+__device__ __forceinline__ void store_few_side(const StoreParams& p, const StoreSide& side, bool is_value, int tile,
+                                               StoreFewShared<kSteps>& s) {
+  constexpr bool kPreload = kSteps <= 8;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
+  const int groups = side.groups, rank = groups * kGroup, group = min(warp, groups - 1);
+
+  // Constants: not written by any kernel of the step, so read before the previous one has ended.
+  const uint4* encode = side.encode + (int64_t(head) * groups + group) * p.steps * 64 + lane;
+  uint4 high[kPreload ? kSteps : 1], low[kPreload ? kSteps : 1];
+  if constexpr (kPreload) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k < p.steps) high[k] = __ldg(encode + 64 * k), low[k] = __ldg(encode + 64 * k + 32);
+    }
+  }
+  const float4* weights = reinterpret_cast<const float4*>(side.weight + 2 * (head * rank + group * kGroup));
+  const float4 weight[2] = {__ldg(weights + t), __ldg(weights + 4 + t)};
+  for (int i = tid; i < side.plan_ints; i += blockDim.x) s.plan[i] = side.plan[i];
+  wait_for_previous_grid();
+  release_next_grid();
+
+  const StoreRow rows[2] = {place_row(p, side, head, tile * kTile + g, is_value),
+                            place_row(p, side, head, tile * kTile + g + 8, is_value)};
+  {  // rows: exact copy, turn back, class, split into two terms
+    const int slots = 2 * p.steps, lanes_log2 = slots <= 4 ? 2 : slots <= 8 ? 3 : slots <= 16 ? 4 : 5;
+    const int index = lane & ((1 << lanes_log2) - 1);
+    RopeTurn rope = p.rope;
+    if (!side.rotate) rope.rotary_dim = 0;
+    const Chunk chunk = chunk_of(index, rope);
+    for (int r = tid >> lanes_log2; r < kTile; r += blockDim.x >> lanes_log2) {
+      const int n = tile * kTile + r;
+      float norm = 0.f, dot = 0.f;
+      int offset = 0;
+      if (index < slots) {
+        uint32_t h[4] = {}, l[4] = {};
+        if (index < p.dim / 8 && n < p.num_tokens) {
+          const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
+          const uint2 a = *reinterpret_cast<const uint2*>(x + chunk.a), b = *reinterpret_cast<const uint2*>(x + chunk.b);
+          const StoreRow row = place_row(p, side, head, n, is_value);
+          offset = row.offset;
+          const float* w = side.class_vector + (int64_t(head) * side.period + offset) * p.dim;
+          const float4 wa = __ldg(reinterpret_cast<const float4*>(w + chunk.a));
+          const float4 wb = __ldg(reinterpret_cast<const float4*>(w + chunk.b));
+          float4 turn[2] = {};
+          if (chunk.turned) load_turn(turn, index, row.block, rope);
+          if (row.window >= 0) {
+            T* out = static_cast<T*>(p.window) + row.window;
+            *reinterpret_cast<uint2*>(out + chunk.a) = a;
+            *reinterpret_cast<uint2*>(out + chunk.b) = b;
+          }
+          split_chunk<T, kSplit>(a, b, chunk.turned, rope.interleaved, turn, wa, wb, norm, dot, h, l);
+        }
+        const int to = 4 * (r & 7) + (index & 3), step = index >> 2 << 1, y = r >> 3;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s.operand[0][step + (i >> 1)][to][2 * (i & 1) + y] = h[i];
+          if constexpr (kSplit) s.operand[1][step + (i >> 1)][to][2 * (i & 1) + y] = l[i];
+        }
+      }
+      for (int m = 1 << lanes_log2 >> 1; m > 0; m >>= 1) {
+        norm += __shfl_xor_sync(0xffffffffu, norm, m);
+        dot += __shfl_xor_sync(0xffffffffu, dot, m);
+      }
+      if (index == 0) {
+        const bool sink = 0.7f * norm - dot + __ldg(side.class_offset + head * side.period + offset) < 0.f;
+        s.mean_row[r] = (sink ? side.period : 0) + offset;
+      }
+    }
+  }
+  // The ordinary mean's latents are asked for before the class is known.
+  const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + group * kGroup + 2 * t;
+  float2 mean[2][2];
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      mean[y][n] = __ldg(reinterpret_cast<const float2*>(means + rows[y].offset * rank + 8 * n));
+    }
+  }
+  __syncthreads();
+
+  float u[2][4] = {};
+  {
+    float more[2][2][4] = {};  // a chain of its own for every product
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k < p.steps) {
+        const uint4 eh = kPreload ? high[kPreload ? k : 0] : __ldg(encode + 64 * k);
+        const uint4 el = kPreload ? low[kPreload ? k : 0] : __ldg(encode + 64 * k + 32);
+        uint32_t a[4];
+        load_operand(a, s.operand[0][k][lane]);
+        mma_bf16(u[0], a, eh.x, eh.y);
+        mma_bf16(u[1], a, eh.z, eh.w);
+        mma_bf16(more[0][0], a, el.x, el.y);
+        mma_bf16(more[0][1], a, el.z, el.w);
+        if constexpr (kSplit) {
+          load_operand(a, s.operand[1][k][lane]);
+          mma_bf16(more[1][0], a, eh.x, eh.y);
+          mma_bf16(more[1][1], a, eh.z, eh.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) u[n][i] += more[0][n][i] + more[1][n][i];
+    }
+  }
+
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const int mean_row = s.mean_row[g + 8 * y];
+    float sum = 0.f, peak = 0.f;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float2 mu = mean[y][n];
+      if (mean_row >= side.period) mu = __ldg(reinterpret_cast<const float2*>(means + mean_row * rank + 8 * n));
+      float& u0 = u[n][2 * y];
+      float& u1 = u[n][2 * y + 1];
+      u0 -= mu.x, u1 -= mu.y;
+      sum += weight[n].x * u0 * u0 + weight[n].z * u1 * u1;
+      peak = fmaxf(peak, fmaxf(weight[n].y * fabsf(u0), weight[n].w * fabsf(u1)));
+    }
+#pragma unroll
+    for (int m = 1; m < 4; m <<= 1) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, m);
+      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, m));
+    }
+    if (t == 0 && warp < groups) s.partial[warp][g + 8 * y] = make_float2(sum, peak);
+  }
+  __syncthreads();
+
+  const PlanView plan{s.plan};
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    float sum = 0.f, peak = 0.f;
+    for (int w = 0; w < groups; ++w) {
+      const float2 part = s.partial[w][g + 8 * y];
+      sum += part.x, peak = fmaxf(peak, part.y);
+    }
+    const uint32_t byte = encode_scale(fmaxf(sqrtf(sum), peak));
+    if (warp == 0 && t == 0 && rows[y].page >= 0) {
+      const uint32_t sink = s.mean_row[g + 8 * y] >= side.period ? 128u : 0u;
+      p.pages[rows[y].page + plan.scale_offset() + rows[y].token] = byte | sink;
+    }
+    const float half = static_cast<float>(1 << (plan.width(group) - 1));
+    if (warp < groups) s.codes[warp][y][lane] = quantize_word(u[0], u[1], y, 1.f / decode_scale(byte), half);
+  }
+  __syncthreads();
+
+  for (int i = warp; i < 2 * plan.planes(); i += blockDim.x >> 5) {
+    const int y = i & 1, token = y ? rows[1].token : rows[0].token;
+    const int64_t page = y ? rows[1].page : rows[0].page;
+    const PlaneView plane = plan.plane(i >> 1);
+    const int4 header = *reinterpret_cast<const int4*>(plane.data);
+    if (page < 0) continue;
+    const uint32_t bytes = gather_plane<64>(header, plane.data + 4, &s.codes[0][y][lane]);
+    write_columns(p.pages + page + header.y, is_value, header.x & 256, token, t, bytes);
+  }
+}
+
+// Grid (2 tiles, heads); block 32 * groups.
+template <typename T, int kSteps>
+__global__ void __launch_bounds__(32 * kSteps) store_few_kernel(const __grid_constant__ StoreParams p) {
+  extern __shared__ __align__(16) char memory[];
+  StoreFewShared<kSteps>& shared = *reinterpret_cast<StoreFewShared<kSteps>*>(memory);
+  const bool is_value = blockIdx.x & 1;
+  const StoreSide& side = p.side[is_value];
+  if (side.rotate || !std::is_same<T, __nv_bfloat16>::value) {
+    store_few_side<T, kSteps, true>(p, side, is_value, blockIdx.x >> 1, shared);
+  } else {
+    store_few_side<T, kSteps, false>(p, side, is_value, blockIdx.x >> 1, shared);
+  }
+}
+
+}  // namespace kqsvd
