@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(1024) schedule_kernel(const __grid_constant__ 
         r.first = p.sliding_window > 0 ? align_down(max(r.p0 + 1 - p.sliding_window, 0), p.grain) : 0;
         r.first = min(r.first, align_down(r.last, p.grain));
         const int grains = (r.last - r.first + p.grain - 1) / p.grain;
-        units = max((grains + 3) / 4 + p.window_units, 1);
+        units = max((grains + 3) / 4, 1);
       } else {
         r.num_rows = 0;
       }

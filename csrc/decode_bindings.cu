@@ -33,7 +33,7 @@ int64_t decode_instance(int64_t key) {
 }
 
 void decode_schedule(const Tensor seq_lens, const Tensor query_start_loc, Tensor requests, int64_t key,
-                     int64_t num_requests, int64_t window, int64_t window_units, int64_t sliding_window) {
+                     int64_t num_requests, int64_t window, int64_t sliding_window) {
   check_tensor(seq_lens, "seq_lens", ScalarType::Int, {kAny});
   check_tensor(query_start_loc, "query_start_loc", ScalarType::Int, {kAny}, seq_lens.get_device_index());
   check_tensor(requests, "requests", ScalarType::Int, {kAny, 8}, seq_lens.get_device_index());
@@ -48,7 +48,6 @@ void decode_schedule(const Tensor seq_lens, const Tensor query_start_loc, Tensor
   p.num_requests = static_cast<int>(num_requests);
   p.table_rows = static_cast<int>(requests.size(0));
   p.window = static_cast<int>(window);
-  p.window_units = static_cast<int>(window_units);
   p.sliding_window = static_cast<int>(sliding_window);
   p.grain = instance_of(key).grain;
   kqsvd::check_cuda(launch_schedule(p, on.stream()), "decode schedule");
@@ -60,7 +59,7 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
             const Tensor key_exponent, const Tensor value_basis, const Tensor value_mean, const Tensor value_factor,
             Tensor partials, Tensor window_partials, Tensor counters, int64_t key, int64_t num_requests,
             int64_t block_size, int64_t columns, int64_t rope_block, int64_t rotary_dim, bool rotary_interleaved,
-            int64_t window_units, int64_t sliding_window, double scale, double soft_cap) {
+            int64_t sliding_window, double scale, double soft_cap) {
   const Instance& instance = instance_of(key);
   const int device = query.get_device_index();
   const ScalarType dtype = query.scalar_type();
@@ -119,7 +118,6 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   p.is_bf16 = dtype == ScalarType::BFloat16;
   p.heads_per_kv = static_cast<int>(query.size(1)) / p.num_kv_heads;
   p.column_groups = static_cast<int>(columns);
-  p.window_units = static_cast<int>(window_units);
   p.partials = data<float>(partials);
   p.window_partials = data<float>(window_partials);
   p.counters = data<int>(counters);
@@ -140,13 +138,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kqsvd, m) {
   m.def("decode_instance(int key) -> int");
   m.def(
       "decode_schedule(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) requests, int key, int num_requests, "
-      "int window, int window_units, int sliding_window) -> ()");
+      "int window, int sliding_window) -> ()");
   m.def(
       "decode(Tensor query, Tensor(a!) out, Tensor pages, Tensor block_table, Tensor? window_pages, "
       "Tensor? window_table, Tensor requests, Tensor key_image, Tensor mean_tile, Tensor sink_rows, Tensor rope_table, "
       "Tensor key_exponent, Tensor value_basis, Tensor value_mean, Tensor value_factor, Tensor(b!) partials, "
       "Tensor(c!) window_partials, Tensor(d!) counters, int key, int num_requests, int block_size, int columns, "
-      "int rope_block, int rotary_dim, bool rotary_interleaved, int window_units, int sliding_window, float scale, "
+      "int rope_block, int rotary_dim, bool rotary_interleaved, int sliding_window, float scale, "
       "float soft_cap) -> ()");
 }
 

@@ -61,7 +61,7 @@ __device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratc
     if (r.unit_begin >= end) return false;
     if (r.unit_end > begin && r.unit_end > r.unit_begin) break;
   }
-  item = Item(r, begin, end, p.window_units, Cf::kGrain);
+  item = Item(r, begin, end, Cf::kGrain);
   warpgroup_barrier(warpgroup);  // everyone is done with the previous item
   if (thread % 32 == 0) at->request = request;
   if (thread == 0) {
@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     int begin, end;
     cut.template part_range<Cf::kWarpgroups>(blockIdx.x, warpgroup, vh, begin, end);
     const int first = begin < end ? find_request(p.requests, p.num_requests, begin, lane) : p.num_requests;
+    __syncwarp();  // every lane has read what lane 0 overwrites
     if (lane == 0) {
       at->vh = vh, at->begin = begin, at->end = end, at->request = first - 1;
       *stream.state(map.ring(warp)) = StreamState{head, begin, end, warp & 3, first, 0};

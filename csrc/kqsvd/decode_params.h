@@ -23,7 +23,6 @@ struct ScheduleParams {
   int num_requests;
   int table_rows;  // all are written, so that a graph captured for more requests finds the surplus empty
   int window;          // positions kept exactly; 0: none
-  int window_units;    // fixed cost of a request, in work units
   int sliding_window;  // visible positions; 0: all
   int grain;           // tokens of one warp's smallest piece of work; four make a unit
 };
@@ -63,7 +62,6 @@ struct DecodeParams {
   int sliding_window;    // 0: none
   int is_bf16;           // dtype of query, out and window pages
   int num_kv_heads, heads_per_kv, column_groups;
-  int window_units;      // as in the schedule
 
   // Workspace, shared by all layers.
   float* partials;         // split results, `partial_floats` each

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who computes what. A *virtual head* is a KV head and a group of query columns. Its work is a line of units: for each
-// request a fixed cost (`window_units`), then its latent positions, four grains a unit. CTAs are dealt to virtual heads; a
-// head's line is cut into equal ranges, one per CTA, and those into one part per warpgroup. Everything follows from the
-// request table, so the grid is fixed and nothing is read on the host.
+// Who computes what. A *virtual head* is a KV head and a group of query columns. Its work is a line of units: the latent
+// positions of each request in turn, four grains a unit. CTAs are dealt to virtual heads; a head's line is cut into equal
+// ranges, one per CTA, and those into one part per warpgroup. Everything follows from the request table, so the grid is
+// fixed and nothing is read on the host.
 #pragma once
 
 #include "decode_params.h"

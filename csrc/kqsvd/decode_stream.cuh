@@ -16,11 +16,11 @@ struct Item {
   int units;          // of the request in this range
 
   Item() = default;
-  __device__ Item(const Request& r, int begin, int end, int window_units, int grain) {
+  __device__ Item(const Request& r, int begin, int end, int grain) {
     const int lo = max(begin, r.unit_begin) - r.unit_begin, hi = min(end, r.unit_end) - r.unit_begin;
     const int granules = (r.last - r.first + 4 * grain - 1) / (4 * grain);
-    first = min(max(lo - window_units, 0), granules);
-    last = min(max(hi - window_units, 0), granules);
+    first = min(lo, granules);
+    last = min(max(hi, 0), granules);
     units = hi - lo;
   }
 };
@@ -62,7 +62,7 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
   while (filled < 32 && request < p.num_requests) {
     const Request r = p.requests[request];
     if (r.unit_begin >= at.end) break;
-    const Item item(r, at.begin, at.end, p.window_units, Cf::kGrain);
+    const Item item(r, at.begin, at.end, Cf::kGrain);
     const int slots = (item.last - item.first + Cf::kGrains - 1) / Cf::kGrains * Cf::kSlots;
     const int n = min(slots - offset, 32 - filled), index = offset + lane - filled;
     if (lane >= filled && lane < filled + n) {

@@ -18,7 +18,6 @@ from vllm_kqsvd.ops.interface import LayerShape, Step
 from vllm_kqsvd.plan_catalog import Instance, find_instance, instances
 
 _REQUEST_INTS = 8  # decode_params.h: Request
-_REQUEST_UNITS = 0  # fixed cost of a request when work is cut (its exact window is a kernel of its own)
 _MAX_CTAS = 160  # more multiprocessors than any GPU this kernel runs on
 
 
@@ -28,7 +27,6 @@ class ScheduleKind:
 
     instance: Instance
     window: int
-    window_units: int
     sliding_window: int
 
 
@@ -150,7 +148,7 @@ class CudaDecode:
         """The schedule this layer needs."""
         instance, _, _ = self.instance(max_query_len)
         s = self.shape
-        return ScheduleKind(instance, s.window if has_window else 0, _REQUEST_UNITS, s.sliding_window)
+        return ScheduleKind(instance, s.window if has_window else 0, s.sliding_window)
 
     def schedule(self, step: Step, has_window: bool) -> tuple[ScheduleKind, torch.Tensor]:
         """Cut the step's decode requests into work on the device; reuse the result for every layer of this kind."""
@@ -163,7 +161,6 @@ class CudaDecode:
             kind.instance.key,
             step.num_decodes,
             kind.window,
-            kind.window_units,
             kind.sliding_window,
         )
         return kind, table
@@ -209,7 +206,6 @@ class CudaDecode:
             self.codec.rope_block,
             self.codec.rope.rotary_dim,
             self.codec.rope.interleaved,
-            kind.window_units,
             s.sliding_window,
             s.scale,
             s.soft_cap,
