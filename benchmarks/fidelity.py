@@ -99,25 +99,22 @@ def main() -> None:
     scored = options.scored or options.context // 4
     prefill = 0 if options.chunk else options.context - scored
     todo = settings(codecs, folders, prefill, options.chunk, device)
-    windows = []
     for path in options.data:
         name = f"{path.stem} (chat)" if options.chat else path.stem
-        windows += text_windows(
-            read_text(path), name, tokenizer, options.context, options.windows, scored, options.chat
-        )
-    scores: dict[tuple[str, str], list[Score]] = defaultdict(list)
-    for window, name, score in run_windows(model, windows, todo):
-        scores[window.text, name].append(score)
-        print(f"{window.text} {name}: {float(score.kl.mean()):.5f}", file=sys.stderr, flush=True)
-    rows = []
-    for (text, name), found in scores.items():
-        codec, rule = todo[name]
-        sinks = rule.sinks if codec.name not in folders else "class"
-        fidelity = Fidelity.of(text, found)
-        print(fidelity.row(), name)
-        bits = bits_of(codec, folders, head_dim)
-        rows.append(table_row(fidelity, options, codec.name, bits, sinks, rule, folders.get(codec.name)))
-    append(rows, options.output)
+        windows = text_windows(read_text(path), name, tokenizer, options.context, options.windows, scored, options.chat)
+        scores: dict[str, list[Score]] = defaultdict(list)
+        for _, method, score in run_windows(model, windows, todo):
+            scores[method].append(score)
+            print(f"{name} {method}: {float(score.kl.mean()):.5f}", file=sys.stderr, flush=True)
+        rows = []
+        for method, found in scores.items():
+            codec, rule = todo[method]
+            sinks = rule.sinks if codec.name not in folders else "class"
+            fidelity = Fidelity.of(name, found)
+            print(fidelity.row(), method)
+            bits = bits_of(codec, folders, head_dim)
+            rows.append(table_row(fidelity, options, codec.name, bits, sinks, rule, folders.get(codec.name)))
+        append(rows, options.output)  # a text at a time: what is measured is kept
 
 
 def table_row(

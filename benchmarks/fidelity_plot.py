@@ -40,6 +40,15 @@ def selected(row: dict[str, str], model: str, context: int) -> bool:
     return plain and row["model"] == model and int(row["context"]) == context
 
 
+def on_common_texts(rows: list[dict]) -> list[dict]:
+    """The rows of texts that every method was measured on: means over different texts do not compare."""
+    texts: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        texts[row["method"], row["bits"], row["window"]].add(row["text"])
+    common = set.intersection(*texts.values()) if texts else set()
+    return [row for row in rows if row["text"] in common]
+
+
 def main() -> None:
     """Read the table, draw, save."""
     from matplotlib.figure import Figure
@@ -51,7 +60,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     with options.csv.open(newline="") as f:
-        rows = [row for row in csv.DictReader(f) if selected(row, options.model, options.context)]
+        rows = on_common_texts([r for r in csv.DictReader(f) if selected(r, options.model, options.context)])
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, window in zip(panels, (True, False), strict=True):

@@ -2,9 +2,10 @@
 """Task accuracy of a served cache: HumanEval pass@1 and RULER, prompts before and scores after `fidelity_engine`.
 
     python -m benchmarks.fidelity_tasks prompts OUT.jsonl --tokenizer MODEL --humaneval HumanEval.jsonl.gz --ruler DIR
-    python -m benchmarks.fidelity_tasks score PROMPTS.jsonl ANSWERS.jsonl... --table TASKS.csv
+    python -m benchmarks.fidelity_tasks score PROMPTS.jsonl CACHE.jsonl... --model NAME --device GPU --versions TEXT
 
-DIR holds RULER's own `{length}/{task}/validation.jsonl`. Answers are greedy. HumanEval answers are programs written by
+DIR holds RULER's own `{length}/{task}/validation.jsonl`. Answers are greedy; a file of answers is named after the cache
+they were read from, and `--device`, `--versions` say what served them. HumanEval answers are programs written by
 a model: `score` runs each in a process of its own with limits on time and memory; use a machine you can spare.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import gzip
 import json
 import math
@@ -27,7 +29,8 @@ RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 INSTRUCTION = (
     "Complete the following Python function. Answer with the whole function in one code block and nothing else."
 )
-COLUMNS = ["answers", "task", "samples", "score", "standard_error"]
+COLUMNS = "date device versions command model cache task samples score standard_error".split()
+RESULTS = Path(__file__).parent / "results" / "fidelity_tasks.csv"
 
 
 def humaneval_prompts(path: Path, tokenizer) -> list[dict]:
@@ -103,8 +106,8 @@ def grade(task: dict, answer: str) -> float:
     return max(found) if "-qa_" in task["task"] else sum(found) / len(found)
 
 
-def table(prompts: Path, answers: list[Path]) -> list[dict]:
-    """Mean score and standard error per task, and over all of RULER at each length, for every file of answers."""
+def table(prompts: Path, answers: list[Path], origin: dict[str, str]) -> list[dict]:
+    """Mean score and standard error of HumanEval and of each RULER length (all tasks) for every file of answers."""
     tasks = {t["id"]: t for t in map(json.loads, prompts.read_text().splitlines())}
     rows = []
     for path in answers:
@@ -112,14 +115,13 @@ def table(prompts: Path, answers: list[Path]) -> list[dict]:
         for given in map(json.loads, path.read_text().splitlines()):
             task = tasks[given["id"]]
             mark = grade(task, given["answer"])
-            grades[task["task"]].append(mark)
-            if task["task"].startswith("ruler-"):
-                grades["-".join(task["task"].split("-")[:2]) + "-all"].append(mark)
+            grades["-".join(task["task"].split("-")[:2])].append(mark)
         for name, marks in sorted(grades.items()):
             mean = sum(marks) / len(marks)
             spread = sum((m - mean) ** 2 for m in marks) / max(1, len(marks) - 1)
             error = math.sqrt(spread / len(marks))
-            rows.append(dict(zip(COLUMNS, (path.stem, name, len(marks), f"{mean:.4f}", f"{error:.4f}"), strict=True)))
+            found = {"task": name, "samples": len(marks), "score": f"{mean:.4f}", "standard_error": f"{error:.4f}"}
+            rows.append({**origin, "cache": path.stem, **found})
     return rows
 
 
@@ -135,13 +137,22 @@ def main() -> None:
         options.out.write_text("".join(json.dumps(p) + "\n" for p in made))
         print(f"{len(made)} prompts")
         return
-    rows = table(options.prompts, options.answers)
-    with options.table.open("w", newline="") as f:
+    origin = {
+        "date": datetime.date.today().isoformat(),
+        "device": options.device,
+        "versions": options.versions,
+        "command": "python -m benchmarks.fidelity_engine; python -m benchmarks.fidelity_tasks score",
+        "model": options.model,
+    }
+    rows = table(options.prompts, options.answers, origin)
+    new = not options.table.exists()
+    with options.table.open("a", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if new:
+            writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        print(*row.values(), sep="  ")
+        print(*list(row.values())[5:], sep="  ")
 
 
 def parse() -> argparse.Namespace:
@@ -156,7 +167,10 @@ def parse() -> argparse.Namespace:
     judge = commands.add_parser("score")
     judge.add_argument("prompts", type=Path)
     judge.add_argument("answers", type=Path, nargs="+")
-    judge.add_argument("--table", type=Path, required=True)
+    judge.add_argument("--model", required=True, help="name of the served model")
+    judge.add_argument("--device", required=True, help="what it was served on")
+    judge.add_argument("--versions", required=True, help="of what served it")
+    judge.add_argument("--table", type=Path, default=RESULTS)
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import decode_fit, decode_plot, serving_plot
+from benchmarks import decode_fit, decode_plot, fidelity_plot, serving_plot
 from benchmarks.report_tables import PROVENANCE, RESULTS, Row, newest, number, pivot, provenance, read, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -72,7 +72,7 @@ def fidelity_section() -> str:
         '"Recent exact": the last 64 tokens, and 4 sinks for the others where ours has its class bit.',
     ]
     for (model, context), rows in sorted(groups.items()):
-        rows = newest(rows, ("text", "method", "bits", "window"))
+        rows = fidelity_plot.on_common_texts(newest(rows, ("text", "method", "bits", "window")))
         name = f"fidelity_{model}_{context}".replace("/", "-")
         arguments = [str(IMAGES / f"{name}.png"), "--model", model, "--context", context]
         subprocess.run([sys.executable, "-m", "benchmarks.fidelity_plot", *arguments], check=True)
@@ -95,7 +95,8 @@ def fidelity_lines(rows: list[Row]) -> list[list[str]]:
         entry = found[row["method"], float(row["bits"])]
         kind = "recent" if int(row["window"]) else "nothing"
         entry[kind].append(float(row["kl"]))
-        entry["top1 " + kind].append(float(row["top1"]))
+        if row["top1"]:
+            entry["top1 " + kind].append(float(row["top1"]))
 
     def mean(values: list[float]) -> str:
         return f"{sum(values) / len(values):.4f}" if values else ""
