@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_kqsvd.errors import ProjectionFileError
+from vllm_kqsvd.errors import KQSVDError, ProjectionFileError
 from vllm_kqsvd.projection_rope import RopeSetting, head_dim_of, rope_settings, text_config
+from vllm_kqsvd.projection_schema import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, printable
 
 HASHED_BYTES = 4096  # of each weight
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -36,16 +37,22 @@ class ModelFingerprint:
 
     @classmethod
     def from_config(cls, config: Any, weights_sha256: str = "") -> ModelFingerprint:
-        """Fingerprint of a transformers config. Raises UnsupportedError for a RoPE nobody can code."""
+        """Fingerprint of a transformers config.
+
+        Raises UnsupportedError for a RoPE nobody can code, ProjectionFileError for sizes no model has.
+        """
         text = text_config(config)
         names = getattr(config, "architectures", None) or getattr(text, "architectures", None)
-        heads = text.num_attention_heads
+        layers, heads = _size(text, "num_hidden_layers", MAX_LAYERS), _size(text, "num_attention_heads", 64 * MAX_HEADS)
+        head_dim = head_dim_of(text)
+        if type(head_dim) is not int or not 1 <= head_dim <= MAX_HEAD_DIM:  # before tables of this width are made
+            raise ProjectionFileError(f"the model's head_dim is {str(head_dim)[:20]!r}, not 1 to {MAX_HEAD_DIM}")
         return cls(
             (names or [text.model_type])[0],
-            text.num_hidden_layers,
+            layers,
             heads,
             getattr(text, "num_key_value_heads", None) or heads,
-            head_dim_of(text),
+            head_dim,
             tuple(rope_settings(text)[0]),
             weights_sha256,
         )
@@ -62,10 +69,14 @@ class ModelFingerprint:
         if not (folder / "config.json").is_file():
             raise ProjectionFileError(f"{folder} has no config.json; give a Hugging Face model folder")
         try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as e:
-            raise ProjectionFileError(f"cannot read {folder / 'config.json'}: {e}") from e
-        return cls.from_config(config, weights_sha256(folder))
+            # Code that comes with a model is never run, and nobody is asked whether it should be.
+            fingerprint = cls.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        except KQSVDError:
+            raise
+        except Exception as e:  # transformers' own, and whatever wrong types raise in it
+            reason = printable(str(e))[:300] or type(e).__name__
+            raise ProjectionFileError(f"cannot read {folder / 'config.json'} ({reason}); give a model folder") from e
+        return replace(fingerprint, weights_sha256=weights_sha256(folder))
 
     def differences(self, served: ModelFingerprint) -> list[str]:
         """One phrase per disagreement, each naming the file's and the served model's value."""
@@ -104,8 +115,16 @@ def weights_sha256(model_dir: str | Path) -> str:
             with safe_open(file, framework="pt") as f:
                 digest.update(_first_bytes(f.get_slice(name)))
     except (SafetensorError, OSError) as e:
-        raise ProjectionFileError(f"cannot read the model's weights in {model_dir}: {e}") from e
+        reason = printable(str(e))[:300]
+        raise ProjectionFileError(f"cannot read the model's weights in {model_dir}: {reason}") from e
     return digest.hexdigest() if found else ""
+
+
+def _size(config: Any, name: str, high: int) -> int:
+    value = getattr(config, name, None)
+    if type(value) is not int or not 1 <= value <= high:
+        raise ProjectionFileError(f"the model's config has {name} {str(value)[:20]!r}, not a number from 1 to {high}")
+    return value
 
 
 def _is_kv(name: str) -> bool:

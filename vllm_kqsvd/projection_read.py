@@ -33,6 +33,7 @@ from vllm_kqsvd.projection_schema import (
     fail,
     parse_header,
     parse_json,
+    printable,
     tensor_shapes,
 )
 
@@ -50,11 +51,6 @@ def read_folder(folder: Path) -> Projection:
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL byte
         reason = getattr(e, "strerror", None) or printable(str(e)[:80])
         raise ProjectionFileError(f"projection {folder}: cannot be read ({reason})") from e
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped: what a file holds must not steer a terminal or forge log lines."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _read_present(folder: Path) -> Projection:

@@ -69,6 +69,11 @@ def fail(reason: str) -> ProjectionFileError:
     return ProjectionFileError(f"{reason}; the file is damaged or was not written by vllm_kqsvd")
 
 
+def printable(text: str) -> str:
+    """The text with control characters escaped: what a file holds must not steer a terminal or forge log lines."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def parse_json(text: str | bytes) -> dict[str, Any]:
     """A JSON object without duplicate keys, infinities or NaN. Raises ProjectionFileError."""
     if len(text) > MAX_HEADER_BYTES:
