@@ -6,6 +6,7 @@ Nothing here touches tensors, so a hostile header costs no more than its own siz
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -122,16 +123,18 @@ def parse_header(data: dict[str, Any]) -> Header:
     head_dim = _int(model, "head_dim", GROUP, MAX_HEAD_DIM)
     rope = [_rope(r, head_dim) for r in _list(model, "rope", dict, MAX_LAYERS)]
     entries = _list(data, "layers", dict, MAX_LAYERS)
-    if len(entries) != num_layers:
+    if len(entries) > num_layers:
         raise fail(f"{len(entries)} layers found, the model has {num_layers}")
-    layers = [_layer(e, i, rope) for i, e in enumerate(entries)]
-    if len({layer.name for layer in layers}) != num_layers:
+    layers = [_layer(e, _int(e, "index", 0, num_layers - 1), rope) for e in entries]  # some may keep their cache
+    if any(a.index >= b.index for a, b in itertools.pairwise(layers)):
+        raise fail("a layer is out of order")
+    if len({layer.name for layer in layers}) != len(layers):
         raise fail("two layers have the same name")
     predicted = data.get("predicted")
     if not isinstance(predicted, list) or not all(_is_number(p) for p in predicted):
         raise fail("`predicted` is not a list of numbers")
-    if len(predicted) not in (0, num_layers):
-        raise fail(f"`predicted` has {len(predicted)} values for {num_layers} layers")
+    if len(predicted) not in (0, len(layers)):
+        raise fail(f"`predicted` has {len(predicted)} values for {len(layers)} layers")
     return Header(
         _text(model, "architecture"),
         num_layers,
@@ -208,8 +211,6 @@ def _rope(data: dict[str, Any], head_dim: int) -> tuple[int, bool, str, dict[str
 
 
 def _layer(data: dict[str, Any], index: int, rope: list[tuple[int, bool, str, dict[str, Any]]]) -> LayerHeader:
-    if _int(data, "index", 0, MAX_LAYERS) != index:
-        raise fail(f"layer {index} is missing or out of order")
     mode, block = _get(data, "rope_mode", str), _int(data, "rope_block", 0, MAX_ROPE_BLOCK)
     if mode not in ROPE_MODES:
         raise fail(f"layer {index} has rope_mode {mode[:40]!r}, not one of {ROPE_MODES}")

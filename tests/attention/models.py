@@ -11,7 +11,7 @@ import torch
 from tests.helpers import random_codec, side_plan
 from vllm_kqsvd.codec import SideCodec
 from vllm_kqsvd.plan import LayerPlan
-from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, save_projection
+from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, rope_settings, save_projection
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 64, 512
 
@@ -57,20 +57,84 @@ def _faithful(side: SideCodec) -> SideCodec:
     )
 
 
+def write_gemma3(folder: Path, layer_types: str = "ssfssf", **overrides: object) -> Path:
+    """A saved random Gemma-3 text model; `layer_types`: s for a sliding window of 48, f for the whole context."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    kinds = {"s": "sliding_attention", "f": "full_attention"}
+    options = {
+        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": len(layer_types),
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "sliding_window": 48,
+        "layer_types": [kinds[x] for x in layer_types], "query_pre_attn_scalar": HEAD_DIM,
+        "max_position_embeddings": 2048, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    Gemma3ForCausalLM(Gemma3TextConfig(**{**options, **overrides})).float().save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_qwen3_next(folder: Path) -> Path:
+    """A saved random Qwen3-Next: three layers of linear attention, then one of the whole context."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=128, linear_value_head_dim=128, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64, shared_expert_intermediate_size=64, max_position_embeddings=2048,
+        initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3NextForCausalLM(config).float().save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_adapter(folder: Path, rank: int = 8) -> Path:
+    """A random LoRA adapter of the keys, values and queries of `write_model`'s Llama."""
+    import json
+
+    from safetensors.torch import save_file
+
+    gen = torch.Generator().manual_seed(5)
+    wide = {"q_proj": HEADS * HEAD_DIM, "k_proj": KV_HEADS * HEAD_DIM, "v_proj": KV_HEADS * HEAD_DIM}
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, out in wide.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{at}.lora_A.weight"] = 0.1 * torch.randn(rank, 128, generator=gen)
+            tensors[f"{at}.lora_B.weight"] = 0.1 * torch.randn(out, rank, generator=gen)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(wide), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    return folder
+
+
 def write_projection(
-    folder: Path, model: Path, bits: int = 8, rope_mode: str = "page", layers: int = LAYERS, head_dim: int = HEAD_DIM
+    folder: Path,
+    model: Path,
+    bits: int = 8,
+    rope_mode: str = "page",
+    layers: int | list[int] = LAYERS,
+    head_dim: int = HEAD_DIM,
 ) -> Path:
-    """A projection folder for `model` with `bits` bits in every channel."""
+    """A projection folder for `model` with `bits` bits in every channel of these layers."""
+    from transformers import AutoConfig
+
     groups = side_plan(*[bits] * (head_dim // 16))
     block = {"page": 32, "pre": 1}.get(rope_mode, 0)
     fingerprint = ModelFingerprint.from_hf(model)
+    rope_of = rope_settings(AutoConfig.from_pretrained(model))[1]
     entries = {}
-    for i in range(layers):
+    for i in range(layers) if isinstance(layers, int) else layers:
         codec = random_codec(LayerPlan(groups, groups), KV_HEADS, head_dim, block, seed=i)
-        codec = replace(codec, k=_faithful(codec.k), v=_faithful(codec.v), rope=fingerprint.rope[0].spec())
+        rope = rope_of[i] or 0
+        codec = replace(codec, k=_faithful(codec.k), v=_faithful(codec.v), rope=fingerprint.rope[rope].spec())
         position = 2048 if rope_mode == "post" else None
         entries[i] = LayerEntry(
-            i, f"model.layers.{i}.self_attn", rope_mode, block, 0, position, "random", "random", codec
+            i, f"model.layers.{i}.self_attn", rope_mode, block, rope, position, "random", "random", codec
         )
     save_projection(Projection(fingerprint, entries), folder)
     return folder

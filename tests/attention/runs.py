@@ -25,19 +25,19 @@ class Run:
     cached: int
 
     @classmethod
-    def of(cls, output: Any) -> Run:
-        """From a RequestOutput with logprobs=2."""
-        done = output.outputs[0]
+    def of(cls, output: Any, sample: int = 0) -> Run:
+        """From a sample of a RequestOutput with logprobs=2."""
+        done = output.outputs[sample]
         best = [sorted(((t, x.logprob) for t, x in d.items()), key=lambda p: -p[1])[:2] for d in done.logprobs]
         return cls(list(done.token_ids), best, output.num_cached_tokens or 0)
 
 
-def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 8) -> list[Run]:
+def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 8, **options: Any) -> list[Run]:
     """Greedy runs of token prompts."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, **options)
     return [Run.of(o) for o in outputs]
 
 

@@ -61,14 +61,14 @@ class Shadowed(LayerOps):
         rest = (slot_mapping, window_slot_mapping, positions)
         before, exact_before = pages.clone(), window_pages.clone()
         self.reference.store(key, value, pages, window_pages, *rest)
-        want, exact = pages.clone(), window_pages.clone()
+        want, exact = pages.clone(), _rows_at(window_pages, window_slot_mapping)
         pages.copy_(before), window_pages.copy_(exact_before)
         self.inner.store(key, value, pages, window_pages, *rest)
         self.watch.stores += 1
         n = int((slot_mapping[: positions.numel()] >= 0).sum())
         self.watch.code_bytes += n * self.codec.plan.bytes_per_token * self.shape.num_kv_heads
         self.watch.differing_bytes += int((pages != want).sum())
-        self.watch.windows_differ += int((window_pages.view(torch.uint8) != exact.view(torch.uint8)).sum())
+        self.watch.windows_differ += int((_rows_at(window_pages, window_slot_mapping) != exact).sum())
 
     def attend(self, query, key, value, pages, window_pages, step: Step, output) -> None:
         """Both attend to the inner ops' pages; errors are relative per query row, all heads together."""
@@ -82,6 +82,12 @@ class Shadowed(LayerOps):
         for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
             kind = "decode" if b - a == 1 else "verify" if i < step.num_decodes else "prompt"
             self.watch.saw(kind if b - a < lengths[i] else "whole prompt", errors[a:b])
+
+
+def _rows_at(window_pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Exact rows [n, H, 2 d] at the slots that are not skipped."""
+    at, size = slots[slots >= 0].long(), window_pages.shape[2]
+    return window_pages[at // size, :, at % size]
 
 
 def watch_engine(llm: Any) -> Watch:

@@ -24,7 +24,8 @@ PLAN = LayerPlan(side_plan(4, 4), side_plan(4, 4))
 
 def named(*names: str) -> Projection:
     """A projection of which only layer names matter."""
-    return Projection(None, {i: SimpleNamespace(name=n) for i, n in enumerate(names)})  # type: ignore[arg-type]
+    model = SimpleNamespace(architecture="Tiny")
+    return Projection(model, {i: SimpleNamespace(name=n) for i, n in enumerate(names)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,13 @@ def named(*names: str) -> Projection:
 )
 def test_layer_names(file: str, served: str) -> None:
     projection = named(file.replace(".1.", ".0."), file)
-    assert binding.entry_for(projection, served).name == file
+    assert projection.layer(served).name == file
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.attn", "draft.layers.1.self_attn.attn"])
 def test_unknown_layers(name: str) -> None:
     with pytest.raises(ProjectionFileError, match="calibrate the model"):
-        binding.entry_for(named("model.layers.0.self_attn", "model.layers.1.self_attn"), name)
+        named("model.layers.0.self_attn", "model.layers.1.self_attn").layer(name)
 
 
 @pytest.mark.parametrize(

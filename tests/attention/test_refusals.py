@@ -18,7 +18,7 @@ from vllm_kqsvd.attention.backend import BLOCK_SIZE, KQSVDBackend, KQSVDWindowBa
 
 LAYER: dict[str, Any] = {
     "head_size": 64, "num_heads": 4, "num_kv_heads": 2, "kv_cache_dtype": "auto", "attn_type": "decoder",
-    "sliding_window": None, "alibi_slopes": None, "sinks": None, "kv_sharing_target": None, "extra": {},
+    "alibi_slopes": None, "sinks": None, "kv_sharing_target": None, "extra": {},
 }  # fmt: skip
 
 
@@ -26,12 +26,11 @@ LAYER: dict[str, Any] = {
     ("change", "said"),
     [
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
-        ({"sliding_window": 4096}, "sliding window of 4096"),
         ({"alibi_slopes": [1.0]}, "ALiBi"),
         ({"extra": {"use_alibi_sqrt": True}}, "ALiBi"),
         ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"kv_sharing_target": "model.layers.0"}, "sharing a cache"),
-        ({"kv_cache_dtype": "fp8"}, "leave it at auto"),
+        ({"kv_cache_dtype": "fp8"}, "set --kv-cache-dtype bfloat16"),
         ({"head_size": 72}, "multiple of 16"),
         ({"extra": {"chunk_lookback": 2}}, "chunk_lookback"),
     ],
@@ -44,7 +43,7 @@ def test_layers(change: dict[str, object], said: str) -> None:
 def engine_config(**change: Any) -> Any:
     """The fields of a VllmConfig that `engine_refusal` reads."""
     parts: dict[str, dict[str, Any]] = {
-        "model_config": {"use_mla": False, "is_encoder_decoder": False, "is_hybrid": False},
+        "model_config": {"use_mla": False, "is_encoder_decoder": False},
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
     }
@@ -60,7 +59,6 @@ def engine_config(**change: Any) -> Any:
     [
         ({"use_mla": True}, "multi-head latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"is_hybrid": True}, "linear-attention"),
         ({"decode_context_parallel_size": 2}, "set it to 1"),
         ({"prefill_context_parallel_size": 2}, "set it to 1"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "remove --kv-transfer-config"),
@@ -71,6 +69,13 @@ def engine_config(**change: Any) -> Any:
 def test_engines(change: dict[str, object], said: str) -> None:
     assert refusals.engine_refusal(engine_config()) is None
     assert said in (refusals.engine_refusal(engine_config(**change)) or "")
+
+
+def test_more_drafts_than_the_kernels_verify() -> None:
+    ops: Any = SimpleNamespace(name="cuda", needs_host_lengths=True, max_decode_len=8)
+    assert refusals.draft_refusal(ops, 7) is None
+    assert "verify at most 7" in (refusals.draft_refusal(ops, 8) or "")
+    assert refusals.draft_refusal(SimpleNamespace(needs_host_lengths=False), 20) is None  # type: ignore[arg-type]
 
 
 def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +101,7 @@ def test_what_the_selector_hears() -> None:
         attn_type="encoder", has_sliding_window=True, use_non_causal=True, use_batch_invariant=True,
         use_kv_connector=True, use_pcp=True, use_adaptive_verification=True, use_dcp=True, use_rswa=True,
     )  # fmt: skip
-    assert len(reasons) >= 17
+    assert len(reasons) >= 16 and "without --attention-backend CUSTOM" in reasons[-1]
 
 
 def test_preferred_block_size() -> None:
@@ -133,5 +138,5 @@ def test_sliding_window_model_does_not_start(tmp_path: Path) -> None:
         num_key_value_heads=2, head_dim=64, sliding_window=128,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(model)
-    with pytest.raises(Exception, match="sliding window of 128"), engine(model, projection):
+    with pytest.raises(Exception, match="every attention layer"), engine(model, projection):
         pass

@@ -51,7 +51,7 @@ def test_every_call_agrees_with_the_reference(tiny: Path, kernels: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", [*KERNELS, "cuda+triton"])
 def test_verify_batches_agree_with_the_reference(tiny: Path, kernels: str) -> None:
     check(watched(tiny, "float16", kernels, speculative_config=NGRAM), "float16", "decode", "verify")
 

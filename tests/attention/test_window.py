@@ -23,7 +23,7 @@ def window_spec(bits: int = 4, block_size: int = 128) -> WindowSpec:
     token = HEADS * 4 * DIM
     page = HEADS * block_size * (2 * DIM * bits // 8 + 2)
     return WindowSpec(
-        block_size=window_block_size(page, token),
+        block_size=window_block_size(page, token, block_size),
         num_kv_heads=HEADS,
         head_size=DIM,
         dtype=torch.uint8,

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout, SlidingWindowSpec
 
-from vllm_kqsvd.attention.refusals import connector_allowed
+from vllm_kqsvd.attention.refusals import connector_allowed, engine_refusal
+from vllm_kqsvd.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
@@ -51,6 +52,16 @@ class _Pages(AttentionBackend):
         return False
 
     @classmethod
+    def validate_configuration(cls, *args: Any, **settings: Any) -> list[str]:
+        """vLLM's list of reasons against this backend, and what to do instead."""
+        reasons = super().validate_configuration(*args, **settings)
+        if not reasons:
+            return []
+        config = get_current_vllm_config_or_none()
+        known = engine_refusal(config) if config is not None and config.model_config is not None else None
+        return [*reasons, f"vllm_kqsvd: {known or 'serve this model without --attention-backend CUSTOM'}"]
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         """Connectors do not hash the projection, so two nodes could exchange pages neither can read."""
         config = get_current_vllm_config_or_none()
@@ -84,8 +95,22 @@ class KQSVDBackend(_Pages):
         return [MultipleOf(BLOCK_MULTIPLE if chosen or kv_cache_spec is not None else BLOCK_SIZE)]
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Such layers are handed to vLLM's own impl and keep their cache (`native.py`)."""
+        return True
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The latent page of the bound projection; vLLM's own page before one is bound."""
+        """The latent page of the bound projection; vLLM's own page before one is bound.
+
+        Raises UnsupportedError for a sliding-window layer without a compressed layer on this rank.
+        """
+        if isinstance(spec, SlidingWindowSpec):
+            raise UnsupportedError(
+                f"vllm_kqsvd: every attention layer of this model (or pipeline stage) has a sliding window such as "
+                f"{spec.sliding_window}; only layers that attend to the whole context are compressed; "
+                "serve it without --attention-backend CUSTOM"
+            )
         if cls.bytes_per_token is None:
             return spec
         return replace(spec, state_content_bytes=cls.bytes_per_token, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_kqsvd.errors import ConfigError, ProjectionFileError, UnsupportedError
-from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, load_projection
+from vllm_kqsvd.projection import ModelFingerprint, Projection, load_projection
 from vllm_kqsvd.projection_model import weights_sha256
 from vllm_kqsvd.projection_read import TENSOR_FILE
 
@@ -76,31 +76,6 @@ def check_equal_pages(projection: Projection) -> None:
             f"a projection whose layers take {min(sizes)} to {max(sizes)} bytes per token and head found; vLLM would "
             "pad all pages to the largest; calibrate with equal bytes per layer (the default)"
         )
-
-
-def entry_for(projection: Projection, layer_name: str) -> LayerEntry:
-    """The file's entry of a vLLM attention layer.
-
-    vLLM appends `.attn` to the attention module's name, and multimodal wrappers put `language_model.` somewhere
-    before; the layer's number alone never decides. Raises ProjectionFileError if the file lacks the layer.
-    """
-    name = _core_name(layer_name.removesuffix(".attn"))
-    for entry in projection.layers.values():
-        if layer_name in (entry.name, f"{entry.name}.attn") or name == _core_name(entry.name):
-            return entry
-    raise ProjectionFileError(
-        f"layer {layer_name!r} found in the model; the projection has {len(projection.layers)} layers such as "
-        f"{next(iter(projection.layers.values())).name!r}; calibrate the model that is served"
-    )
-
-
-def _core_name(name: str) -> str:
-    """The module name without the prefixes that wrappers add."""
-    wrappers = ("language_model", "text_model", "model", "llm")
-    parts = name.split(".")
-    while parts and parts[0] in wrappers:
-        parts = parts[1:]
-    return ".".join(parts)
 
 
 def shard(codec: LayerCodec, num_kv_heads: int, rank: int, world_size: int, name: str) -> LayerCodec:

@@ -14,9 +14,10 @@ from vllm.distributed import (
     get_tp_group,
 )
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_kqsvd.attention import binding, refusals, window
+from vllm_kqsvd.attention import binding, native, refusals, window
 from vllm_kqsvd.attention.backend import KQSVDWindowBackend, backend_for
 from vllm_kqsvd.attention.flash import use_flash_attention
 from vllm_kqsvd.attention.metadata import KQSVDMetadata, WindowMetadata
@@ -40,7 +41,18 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
     Life: __init__ refuses what cannot work; process_weights_after_loading finds the layer's codec and puts the
     window's shadow beside the layer; get_kv_cache_spec of the shadow (the block size is final by then) makes
     the ops; do_kv_cache_update and forward call them.
+
+    A layer with a sliding window gets vLLM's own impl instead (`native.py`).
     """
+
+    def __new__(cls, num_heads: int, head_size: int, scale: float, *rest: Any, **extra: Any) -> Any:
+        """This class for layers that attend to the whole context, vLLM's own for others."""
+        sliding_window = rest[2] if len(rest) > 2 else extra.get("sliding_window")
+        if sliding_window is None:
+            return super().__new__(cls)
+        if reason := refusals.engine_refusal(get_current_vllm_config()):
+            raise UnsupportedError(f"vllm_kqsvd: {reason}")
+        return native.native_impl(num_heads, head_size, scale, *rest, **extra)
 
     def __init__(
         self,
@@ -68,7 +80,6 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             num_kv_heads=self.num_kv_heads,
             kv_cache_dtype=kv_cache_dtype,
             attn_type=attn_type,
-            sliding_window=sliding_window,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             kv_sharing_target=kv_sharing_target_layer_name,
@@ -78,13 +89,14 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             raise UnsupportedError(f"vllm_kqsvd: {reason}")
         self.config = KQSVDConfig.from_vllm(config)
         self.layers = config.compilation_config.static_forward_context  # filled while the model is built
-        self.model_config = config.model_config
+        self.model_config, self.cache_config = config.model_config, config.cache_config
         self.name = self.digest = ""
         self.codec: LayerCodec | None = None
         self.self_test_error: float | None = None  # None: not tested
         self.nan_guard: NanGuard | None = None  # the last layer has one
         self._ops: LayerOps | None = None
         self.window_spec: window.WindowSpec  # with the ops
+        self._page: tuple[int, int] | None = None
         self._bound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -104,7 +116,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             return
         name, layer = next((n, x) for n, x in self.layers.items() if getattr(x, "impl", None) is self)
         projection = binding.open_projection(self.config)
-        entry = binding.entry_for(projection, name)
+        entry = projection.layer(name)
         first = self.first()
         groups = (get_tp_group(), get_pp_group()) if first is self else ()
         binding.check_same_everywhere(projection.digest, name, first.digest or projection.digest, groups)
@@ -135,30 +147,45 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             raise UnsupportedError(f"vllm_kqsvd: {reason}")
         binding.check_served_model(projection, self.model_config)
         binding.check_equal_pages(projection)
+        made: dict[Any, Any] = {}
         for name, layer in self.layers.items():
             if isinstance(layer, window.WindowShadow) or isinstance(getattr(layer, "impl", None), KQSVDImpl):
                 continue
-            if hasattr(layer, "get_kv_cache_spec"):
+            if getattr(layer, "sliding_window", None) is not None and isinstance(layer.impl, AttentionImpl):
+                native.adopt(layer, self.latent_page, made)
+            elif hasattr(layer, "get_kv_cache_spec") and not isinstance(layer, MambaBase):
                 raise UnsupportedError(
-                    f"vllm_kqsvd: layer {name!r} ({type(layer).__name__}) keeps its cache in another form; models "
-                    "that mix kinds of attention are not supported yet; serve it without --attention-backend CUSTOM"
+                    f"vllm_kqsvd: layer {name!r} ({type(layer).__name__}) found; beside compressed layers only sliding "
+                    f"windows and linear attention may keep a cache of their own; {refusals.LEAVE_OUT}"
                 )
+
+    def latent_page(self) -> tuple[int, int]:
+        """(tokens, bytes) of a block of this layer's latents; asked for once the block size is final.
+
+        vLLM overwrites `cache_config.block_size` with the smallest group's afterwards.
+        """
+        if self._page is None:
+            assert self.codec is not None
+            tokens = self.cache_config.block_size
+            binding.check_shape(self.codec, self.head_size, tokens, self.name)
+            self._page = tokens, self.codec.layout.page_bytes(self.num_kv_heads, tokens)
+        return self._page
 
     def prepare(self, config: VllmConfig) -> window.WindowSpec:
         """Make the ops for the final block size (once) and return the window group's spec."""
-        if self._ops is not None:  # vLLM asks again; later it overwrites block_size with the smallest group's
+        if self._ops is not None:  # vLLM asks again
             return self.window_spec
-        codec, block_size = self.codec, config.cache_config.block_size
+        codec, (block_size, page_bytes) = self.codec, self.latent_page()
         assert codec is not None
-        binding.check_shape(codec, self.head_size, block_size, self.name)
         token_bytes = self.num_kv_heads * 2 * self.head_size * self.dtype.itemsize
-        page_bytes = codec.layout.page_bytes(self.num_kv_heads, block_size)
-        size = window.window_block_size(page_bytes, token_bytes)
+        size = window.window_block_size(page_bytes, token_bytes, block_size)
         shape = LayerShape(
             self.num_heads, self.num_kv_heads, self.head_size, block_size, size,
             self.scale, self.dtype, self.config.window, self.soft_cap,
         )  # fmt: skip
         self._ops = make_layer_ops(codec, shape, self.device, self.config.implementation)
+        if reason := refusals.draft_refusal(self._ops, config.num_speculative_tokens):
+            raise UnsupportedError(f"vllm_kqsvd: {reason}")
         use_flash_attention(self._ops)
         self._ops.reserve(config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
         if self.config.self_test:

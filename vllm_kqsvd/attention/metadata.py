@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_kqsvd.ops import cuda_library
 from vllm_kqsvd.ops.interface import Step
 
 if TYPE_CHECKING:
@@ -116,11 +117,15 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         if common.positions is not None and common.positions.dim() == 1:
             return common.positions
         n, device = common.num_actual_tokens, self._positions.device
+        out = self._positions[:n]
+        if device.type == "cuda" and cuda_library.available()[0]:
+            torch.ops.kqsvd.token_positions(common.query_start_loc, common.seq_lens, out)
+            return out
         row = torch.arange(n, device=device)
         start = common.query_start_loc
         request = torch.searchsorted(start[1:].contiguous(), row, right=True).clamp_max(common.num_reqs - 1)
         first = common.seq_lens[request] - start[request + 1]
-        return torch.add(row, first, out=self._positions[:n])
+        return torch.add(row, first, out=out)
 
 
 def _longest_decode(common: CommonAttentionMetadata, decodes: int, threshold: int) -> int:
@@ -129,8 +134,3 @@ def _longest_decode(common: CommonAttentionMetadata, decodes: int, threshold: in
         return common.max_query_len
     starts = common.query_start_loc_cpu[: decodes + 1]
     return int((starts[1:] - starts[:-1]).max()) if decodes else 1
-
-
-def _longest(query_start_loc_cpu: torch.Tensor, decodes: int) -> int:
-    """Most rows of any of the leading `decodes` requests (host arithmetic): prompts beside them do not count."""
-    return int(query_start_loc_cpu[: decodes + 1].diff().max()) if decodes else 1

@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from vllm_kqsvd.ops.interface import LayerOps
+
 KV_DTYPES = ("auto", "bfloat16", "float16")
 SAFE_SPECULATORS = ("ngram", "[ngram]", "ngram_gpu", "suffix")
 LEAVE_OUT = "or serve without --attention-backend CUSTOM"
@@ -26,7 +28,6 @@ def layer_refusal(
     num_kv_heads: int,
     kv_cache_dtype: str,
     attn_type: str,
-    sliding_window: int | None,
     alibi_slopes: object,
     sinks: object,
     kv_sharing_target: str | None,
@@ -35,11 +36,6 @@ def layer_refusal(
     """Why a layer cannot be served from latent pages, or None."""
     if attn_type != "decoder":
         return f"{attn_type} attention asked for; only causal decoder attention has a latent cache; {LEAVE_OUT}"
-    if sliding_window is not None:
-        return (
-            f"a layer with a sliding window of {sliding_window} found; only layers that attend to the whole context "
-            "are compressed so far; serve this model without --attention-backend CUSTOM"
-        )
     if alibi_slopes is not None or extra.get("use_alibi_sqrt"):
         return f"ALiBi slopes found; logits depend on positions outside the latent space; {LEAVE_OUT}"
     if sinks is not None:
@@ -51,8 +47,8 @@ def layer_refusal(
         )
     if kv_cache_dtype not in KV_DTYPES:
         return (
-            f"--kv-cache-dtype {kv_cache_dtype} asked for; latent pages have their own bit widths; "
-            "leave it at auto and choose bits when calibrating"
+            f"a KV cache in {kv_cache_dtype} asked for (by --kv-cache-dtype or by the checkpoint); latent pages have "
+            "their own bit widths; set --kv-cache-dtype bfloat16 and choose bits when calibrating"
         )
     if head_size % 16 or num_heads % num_kv_heads:
         return f"head size {head_size}, {num_heads} heads on {num_kv_heads}; head size must be a multiple of 16"
@@ -69,8 +65,6 @@ def engine_refusal(config: VllmConfig) -> str | None:
         return f"a model with multi-head latent attention found; its cache is latent already; {LEAVE_OUT}"
     if model.is_encoder_decoder:
         return f"an encoder-decoder model found; only decoders are supported; {LEAVE_OUT}"
-    if model.is_hybrid:
-        return f"a model with state-space or linear-attention layers found; they are not supported yet; {LEAVE_OUT}"
     if parallel.decode_context_parallel_size > 1:
         return (
             f"--decode-context-parallel-size {parallel.decode_context_parallel_size} asked for; pages are not "
@@ -96,6 +90,19 @@ def engine_refusal(config: VllmConfig) -> str | None:
     if _batch_invariant():
         return "VLLM_BATCH_INVARIANT=1 asked for; the kernels do not promise it; unset it"
     return None
+
+
+def draft_refusal(ops: LayerOps, num_speculative_tokens: int) -> str | None:
+    """Why these kernels cannot verify so many drafts, or None.
+
+    With asynchronous scheduling only the device knows how many drafts of the last step were accepted.
+    """
+    if not ops.needs_host_lengths or num_speculative_tokens < ops.max_decode_len:
+        return None
+    return (
+        f"{num_speculative_tokens} speculative tokens asked for; the {ops.name} kernels verify at most "
+        f"{ops.max_decode_len - 1}; lower num_speculative_tokens"
+    )
 
 
 def connector_allowed(config: VllmConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from vllm_kqsvd.attention import native
 from vllm_kqsvd.attention.nan_guard import NanGuard
 from vllm_kqsvd.attention.window import check_pool
 from vllm_kqsvd.status import RankStatus, publish
@@ -29,6 +30,7 @@ def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> Ra
     exact = sum(2 * i.num_kv_heads * i.head_size * i.dtype.itemsize for i in impls)
     latent = sum(i.num_kv_heads * i.ops.codec.plan.bytes_per_token for i in impls)
     window_blocks = spec.max_memory_usage_bytes(config) // spec.page_size_bytes
+    groups, others = native.groups_of(config, len(impls))
     longest = config.model_config.max_model_len
     tested = [i.self_test_error for i in impls if i.self_test_error is not None]
     parallel = config.parallel_config
@@ -49,7 +51,7 @@ def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> Ra
         window_block_size=shape.window_block_size,
         window_blocks=window_blocks,
         num_blocks=num_blocks,
-        kv_tokens=num_blocks * longest // (-(-longest // block) + window_blocks),
+        kv_tokens=num_blocks * longest // (groups * (-(-longest // block) + window_blocks) + others),
         kv_tokens_exact=num_blocks * block * latent // (block * exact) * block,
         max_model_len=longest,
         self_test={"passed": len(tested), "skipped": len(impls) - len(tested)},
@@ -61,18 +63,27 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
     """Lines of the report for one rank."""
     first, page = impls[0], status.block_size * status.latent_bytes
     latent, exact, plain = status.latent_bytes, status.exact_bytes, status.kv_tokens_exact
+    others = len(native.layers_of(config))
+    covered = f"{len(impls)} of {len(impls) + others} attention layers"
+    if others:
+        covered += f" compressed, {others} keep vLLM's own cache"
+    gained = (
+        f"{status.kv_tokens:,} instead of {plain:,} in the same memory "
+        f"({status.kv_tokens / max(plain, 1):.2f}x at {status.max_model_len:,} tokens per request, windows counted)"
+    )
+    if others:  # what the model would hold natively depends on vLLM's grouping of all its layers
+        gained = f"{status.kv_tokens:,} at {status.max_model_len:,} tokens per request, all layers and windows counted"
     modes = ", ".join(sorted({i.rope_mode for i in impls}))
     world = config.parallel_config.tensor_parallel_size
     slower = sorted({reason for i in impls for reason in i.ops.passed_over})
     return [
         "kqsvd: latent KV cache" + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
-        f"  layers      {len(impls)} of {len(impls)} attention layers",
+        f"  layers      {covered}",
         f"  per token   {latent:,} bytes instead of {exact:,} ({exact / latent:.2f}x), "
         f"{status.bits_per_element:.2f} bits per element, scales included",
         f"  window      last {status.window} positions exact: at most {status.window_blocks} blocks = "
         f"{status.window_blocks * page / 2**20:.2f} MiB per running request",
-        f"  KV tokens   {status.kv_tokens:,} instead of {plain:,} in the same memory "
-        f"({status.kv_tokens / max(plain, 1):.2f}x at {status.max_model_len:,} tokens per request, windows counted)",
+        f"  KV tokens   {gained}",
         f"  rope mode   {modes}",
         f"  kernels     {status.kernels}; pages of {status.block_size} tokens, windows of {status.window_block_size}",
         *(f"  not used    {reason}" for reason in slower),
@@ -101,10 +112,12 @@ def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> NanGuard | None:
     num_blocks = config.cache_config.num_gpu_blocks
     if num_blocks is None or not impls[0].is_first():
         return None
-    check_pool(impls[0].window_spec, impls[0].ops.shape.block_size, num_blocks, config)
+    tokens, page = impls[0].latent_page()
+    check_pool(impls[0].window_spec, tokens, num_blocks, config, native.groups_of(config, len(impls)))
+    padding = native.padding_warning(native.layers_of(config), page // tokens)
     status = status_of(config, impls, num_blocks)
     logger.info("%s", "\n".join(report_lines(config, impls, status)))
-    for line in warnings_of(config, impls[0].max_position):
+    for line in [*warnings_of(config, impls[0].max_position), *([padding] if padding else [])]:
         logger.warning("kqsvd: %s", line)
     publish(status)
     impls[-1].nan_guard = NanGuard(impls[-1].device, status)

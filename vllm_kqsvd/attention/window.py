@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
 
 SUFFIX = ".kqsvd_window"
-BLOCK_SIZES = (64, 32, 16)  # tokens per exact page, largest that fits a latent page
+BLOCK_SIZES = (256, 128, 64, 32, 16)  # tokens per exact page
 
 
-def window_block_size(page_bytes: int, token_bytes: int) -> int:
-    """Tokens of `token_bytes` (exact K and V of all heads) per page of `page_bytes`: a power of two, >= 16."""
+def window_block_size(page_bytes: int, token_bytes: int, block_size: int = 128) -> int:
+    """Tokens of `token_bytes` (exact K and V of all heads) per page of `page_bytes` and `block_size` latent tokens.
+
+    The largest power of two that fits and divides `block_size`, so that both groups share block boundaries.
+    """
     for size in BLOCK_SIZES:
-        if size * token_bytes <= page_bytes:
+        if size * token_bytes <= page_bytes and block_size % size == 0:
             return size
     raise UnsupportedError(
         f"a latent page has {page_bytes} bytes, too few for {TILE} exact tokens of {token_bytes} bytes; "
@@ -54,14 +57,19 @@ class WindowSpec(SlidingWindowSpec):
         return (-(-tokens // self.block_size) + 1) * self.page_size_bytes
 
 
-def check_pool(spec: WindowSpec, block_size: int, num_blocks: int, config: VllmConfig) -> None:
-    """Raise unless one request of the longest length fits the pool, its prompt read in the largest chunks."""
+def check_pool(
+    spec: WindowSpec, block_size: int, num_blocks: int, config: VllmConfig, groups: tuple[int, int] = (1, 0)
+) -> None:
+    """Raise unless one request of the longest length fits the pool, its prompt read in the largest chunks.
+
+    groups: (latent groups, blocks of native layers), see `native.groups_of`.
+    """
     longest = config.model_config.max_model_len
     window = spec.max_admission_blocks_per_request(config.max_in_flight_tokens, longest)
-    needed = -(-longest // block_size) + window + 1  # block 0 is never used
+    needed = groups[0] * (-(-longest // block_size) + window) + groups[1] + 1  # block 0 is never used
     if needed > num_blocks:
         raise UnsupportedError(
-            f"a request of max_model_len {longest} needs {needed} cache blocks, {window} of them for the exact rows "
+            f"a request of max_model_len {longest} needs {needed} cache blocks, {groups[0] * window} of them for the exact rows "
             f"of a chunk of {config.scheduler_config.max_num_batched_tokens} tokens, and there are {num_blocks}; "
             "lower --max-num-batched-tokens or --max-model-len, or give the cache more memory"
         )

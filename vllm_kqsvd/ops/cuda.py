@@ -46,6 +46,7 @@ class CudaOps(LayerOps):
     name = "cuda"
     graph_safe = True  # decode rows; prefill rows run outside graphs
     max_decode_len = 8  # requests with up to this many rows go to the decode kernel
+    needs_host_lengths = True
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         super().__init__(codec, shape)

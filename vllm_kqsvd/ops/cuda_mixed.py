@@ -39,8 +39,6 @@ class MixedOps(CudaOps):
     """CUDA store and prefill, Triton decode."""
 
     name = "cuda+triton"
-    max_decode_len = 1
-
     def _make_decode(self) -> None:
         from vllm_kqsvd.ops.triton.layer_ops import TritonOps
 

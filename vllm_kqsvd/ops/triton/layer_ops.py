@@ -30,6 +30,8 @@ class TritonOps(LayerOps):
 
     name = "triton"
     graph_safe = True
+    max_decode_len = 8
+    needs_host_lengths = True
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         super().__init__(codec, shape)
