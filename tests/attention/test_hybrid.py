@@ -93,6 +93,6 @@ def test_padding_is_said() -> None:
     four, three = fit(1024, 128 * 260, 16, 128), fit(1024, 128 * 196, 16, 128)  # bytes of 4 and 3 bits
     assert four == Fit(32, 1024, 33280) and padding_warning(layers(four), 260) is None
     assert three == Fit(16, 1024, 25088) and round(three.lost, 2) == 0.35
-    assert better_block_sizes(1024, 196, 16, three)[0] == 512
-    assert "loses 35 % of their memory; --block-size 512 would lose less" in str(padding_warning(layers(three), 196))
+    assert better_block_sizes(1024, 196, 16, three)[0] == 192
+    assert "loses 35 % of their memory; --block-size 192 would lose less" in str(padding_warning(layers(three), 196))
     assert fit(1024, 64 * 66, 16, 64) is None and padding_warning([], 66) is None
