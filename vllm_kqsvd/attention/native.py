@@ -165,8 +165,10 @@ def padding_warning(layers: list[Any], latent_bytes: int) -> str | None:
     """
     backends = [x.get_attn_backend() for x in layers]
     fits = [(b.fitted, b) for b in backends if getattr(b, "fitted", None)]
-    worst, backend = max(fits, key=lambda f: f[0].lost, default=(None, None))
-    if worst is None or worst.lost < 0.05:
+    if not fits:
+        return None
+    worst, backend = max(fits, key=lambda f: f[0].lost)
+    if worst.lost < 0.05:
         return None
     better = better_block_sizes(worst.token_bytes, latent_bytes, kernel_block(backend), worst)
     hint = f"; --block-size {better[0]} would lose less" if better else ""

@@ -70,8 +70,8 @@ def check_pool(
     if needed > num_blocks:
         raise UnsupportedError(
             f"a request of max_model_len {longest} needs {needed} cache blocks, {groups[0] * window} of them for the "
-            f"exact rows of a chunk of {config.scheduler_config.max_num_batched_tokens} tokens, and there are {num_blocks}; "
-            "lower --max-num-batched-tokens or --max-model-len, or give the cache more memory"
+            f"exact rows of a chunk of {config.scheduler_config.max_num_batched_tokens} tokens, and there are "
+            f"{num_blocks}; lower --max-num-batched-tokens or --max-model-len, or give the cache more memory"
         )
 
 
