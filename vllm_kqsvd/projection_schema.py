@@ -185,11 +185,11 @@ def tensor_shapes(header: Header, declared: Mapping[str, Sequence[int]]) -> dict
 
 
 def _mean_table(at: str, rope_block: int, declared: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    shape = declared.get(at + "mean_basis")
+    shape, rows = declared.get(at + "mean_basis"), max(rope_block, 1)  # one row, or one per position in a block
     if shape is None:
         raise fail(f"tensor {at}mean_basis is missing")
-    if len(shape) != 2 or shape[0] not in (1, rope_block) or not 1 <= shape[1] <= MEAN_RANK:
-        raise fail(f"{at}mean_basis has shape {list(shape)[:4]}, not [1 or {rope_block}, 1 to {MEAN_RANK}]")
+    if len(shape) != 2 or shape[0] not in (1, rows) or not 1 <= shape[1] <= MEAN_RANK:
+        raise fail(f"{at}mean_basis has shape {list(shape)[:4]}, not [1 or {rows}, 1 to {MEAN_RANK}]")
     return int(shape[0]), int(shape[1])
 
 
