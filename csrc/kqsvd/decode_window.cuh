@@ -122,7 +122,7 @@ __device__ __forceinline__ void attend_window(float* target, float* record, floa
 // kernel start, so that one may read pages and the query without waiting itself.
 template <class Cf>
 __global__ void __launch_bounds__(128) window_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ alignas(16) float record[2 * Cf::kRecord];
+  alignas(16) __shared__ float record[2 * Cf::kRecord];
   __shared__ float exchange[128];
   grid_dependency_wait();
   grid_launch_dependents();

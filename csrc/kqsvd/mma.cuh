@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // PTX of the decode kernel: mma.sync, movmatrix, mbarrier, bulk copies and dependent launch.
-#pragma once
+#ifndef KQSVD_MMA_CUH  // by name, so that a host build can replace it (tests/ops/cuda_decode_emulator.h)
+#define KQSVD_MMA_CUH
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -51,6 +52,11 @@ __device__ __forceinline__ uint32_t mul_half2(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
+// The dynamic shared memory of the CTA.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  return shared;
+}
 __device__ __forceinline__ uint32_t shared_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -97,3 +103,5 @@ __device__ __forceinline__ void grid_launch_dependents() {
 }
 
 }  // namespace kqsvd::decode
+
+#endif

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgmma with the A operand in registers (sm_90a): [64 x 16] fp16 times [16 x N] fp16 from shared memory, float32.
 // The operand lists are spelled out because inline assembly cannot index a register array.
-#pragma once
+#ifndef KQSVD_MMA_WGMMA_CUH  // by name, so that a host build can replace it (tests/ops/cuda_decode_emulator.h)
+#define KQSVD_MMA_WGMMA_CUH
 
 #include <cstdint>
 
@@ -70,3 +71,5 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t shared) {
 }
 
 }  // namespace kqsvd::decode
+
+#endif

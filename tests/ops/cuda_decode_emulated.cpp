@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// C entry points of the emulated decode kernels, called through ctypes by test_cuda_decode_emulated.py, which writes
+// PLAN_SOURCE: the plan of an instantiation and its configuration as `Cf`.
+#include "cuda_decode_emulator.h"
+
+#include "kqsvd/decode_kernel.cuh"
+#include "kqsvd/decode_requests.cuh"
+#include "kqsvd/decode_window.cuh"
+
+#include PLAN_SOURCE
+
+using namespace kqsvd::decode;
+
+template <typename Kernel, typename Params>
+void run(Kernel kernel, const Params& params, dim3 grid, int threads, size_t shared) {
+  emulator::launch(kernel, params, grid, threads, reinterpret_cast<char*>(dynamic_shared), shared);
+  if (!copies.empty()) __trap();  // a copy outlived its block
+}
+
+extern "C" {
+
+size_t decode_params_size() { return sizeof(DecodeParams); }
+size_t schedule_params_size() { return sizeof(ScheduleParams); }
+int decode_record() { return Cf::kRecord; }
+int decode_parts() { return Cf::kWarpgroups; }
+
+void decode(const ScheduleParams* schedule, const DecodeParams* p) {
+  ScheduleParams s = *schedule;
+  s.grain = Cf::kGrain;
+  run(schedule_kernel<64>, s, dim3(1), 64, 0);
+  const int heads = p->num_kv_heads * p->column_groups;
+  run(window_kernel<Cf>, *p, dim3(heads, p->window_pages ? p->num_requests : 1), 128, 0);
+  run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
+}
+}

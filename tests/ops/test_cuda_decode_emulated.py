@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode kernels, compiled for the host and run thread by thread, equal the float64 reference.
+
+Slow (a warp is 32 fibers), so the problems are small; the ones that GPU tests run are in cuda_decode_cases.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.cuda_decode_cases import Case, decode_step
+from tests.ops.test_cuda_emulated import cuda_headers
+from vllm_kqsvd.ops import reference
+from vllm_kqsvd.ops.cuda_decode_constants import build_constants, rope_words
+from vllm_kqsvd.plan_catalog import Instance
+
+ROOT = Path(__file__).parents[2]
+NUM_CTAS = 3  # stands for the GPU's multiprocessors
+P, I32, I64, F32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+pytestmark = pytest.mark.skipif(
+    cuda_headers() is None or shutil.which("g++") is None, reason="needs g++ and CUDA's headers"
+)
+
+
+class ScheduleParams(ctypes.Structure):
+    _fields_ = [(n, P) for n in ("seq_lens", "query_start_loc", "requests")]
+    _fields_ += [(n, I32) for n in ("num_requests", "table_rows", "window", "sliding_window", "grain")]
+
+
+class DecodeParams(ctypes.Structure):
+    _fields_ = [("query", P), ("query_strides", I64 * 2), ("out", P), ("out_strides", I64 * 2)]
+    _fields_ += [("pages", P), ("page_stride", I64), ("block_table", P), ("block_table_stride", I64)]
+    _fields_ += [("block_size", I32), ("window_pages", P), ("window_strides", I64 * 3), ("window_table", P)]
+    _fields_ += [("window_table_stride", I64), ("window_block_size", I32), ("requests", P), ("num_requests", I32)]
+    _fields_ += [(n, P) for n in ("key_image", "mean_tile", "sink_rows", "rope_table")]
+    _fields_ += [("rope_table_moves", I32)]
+    _fields_ += [(n, P) for n in ("key_exponent", "value_basis", "value_mean", "value_factor")]
+    _fields_ += [("rotary_dim", I32), ("rotary_interleaved", I32), ("scale_log2", F32), ("soft_cap_log2", F32)]
+    _fields_ += [(n, I32) for n in ("sliding_window", "is_bf16", "num_kv_heads", "heads_per_kv", "column_groups")]
+    _fields_ += [("partials", P), ("window_partials", P), ("counters", P), ("num_ctas", I32), ("max_phases", I32)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory):
+    """Builds an instantiation for the host, once."""
+    built: dict[str, ctypes.CDLL] = {}
+    folder = tmp_path_factory.mktemp("decode")
+
+    def build(instance: Instance) -> ctypes.CDLL:
+        if instance.name not in built:
+            source = re.sub(r'#include "kqsvd/decode_instance.cuh"', "", instance.source())
+            source = re.sub(r"static const Registration<(.*)> registration\(\s*\".*\"\);", r"using Cf = \1;", source)
+            plan, out = folder / f"{instance.name}.h", folder / f"{instance.name}.so"
+            plan.write_text(source)
+            command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-w", f'-DPLAN_SOURCE="{plan}"']
+            command += [f"-I{ROOT / 'csrc'}", f"-I{cuda_headers()}", str(ROOT / "tests/ops/cuda_decode_emulated.cpp")]
+            subprocess.run([*command, "-o", str(out)], check=True)
+            lib = built[instance.name] = ctypes.CDLL(str(out))
+            assert lib.decode_params_size() == ctypes.sizeof(DecodeParams)
+            assert lib.schedule_params_size() == ctypes.sizeof(ScheduleParams)
+        return built[instance.name]
+
+    return build
+
+
+def run_emulated(case: Case, library) -> tuple[float, float]:
+    """(relative error of the whole output, of the worst head row) against float64."""
+    cpu = torch.device("cpu")
+    step, t, shape, codec = decode_step(case, cpu)
+    columns = 4 if case.group * step.max_decode_len <= 4 else 8
+    lib = library(Instance(case.plan, columns, codec.rope_block or 32))
+    groups = -(-case.group * step.max_decode_len // columns)
+    heads = case.kv_heads * groups
+    c = build_constants(codec, shape.scale, cpu)
+    rope = rope_words(codec, step.max_seq_len, cpu)
+    requests = torch.full((step.num_reqs + 5, 8), -1, dtype=torch.int32)
+    record = lib.decode_record()
+    phases = -(-heads // NUM_CTAS) + 1
+    partials = torch.full((NUM_CTAS * lib.decode_parts() * phases * 2 * record,), float("nan"))
+    window_partials = torch.full((step.num_reqs * heads * record,), float("nan"))
+    counters = torch.zeros(step.num_reqs * heads, dtype=torch.int32)
+    out = torch.full_like(t["query"], float("nan"))
+    schedule = ScheduleParams(
+        step.seq_lens.data_ptr(), step.query_start_loc.data_ptr(), requests.data_ptr(), step.num_reqs,
+        requests.shape[0], case.window, case.sliding_window, 0,
+    )  # fmt: skip
+    p = DecodeParams()
+    p.query, p.query_strides = t["query"].data_ptr(), (I64 * 2)(*t["query"].stride()[:2])
+    p.out, p.out_strides = out.data_ptr(), (I64 * 2)(*out.stride()[:2])
+    p.pages, p.page_stride, p.block_size = t["pages"].data_ptr(), t["pages"].stride(0), case.block_size
+    p.block_table, p.block_table_stride = step.block_table.data_ptr(), step.block_table.stride(0)
+    p.window_block_size = 1
+    if case.window:
+        window = t["window_pages"]
+        p.window_pages, p.window_block_size = window.data_ptr(), window.shape[2]
+        p.window_strides = (I64 * 3)(*window.stride()[:3])
+        p.window_table, p.window_table_stride = step.window_block_table.data_ptr(), step.window_block_table.stride(0)
+    p.requests, p.num_requests = requests.data_ptr(), step.num_reqs
+    for name, value in vars(c).items():
+        setattr(p, name, value.data_ptr())
+    p.rope_table, p.rope_table_moves = rope.data_ptr(), codec.rope_block > 0
+    p.rotary_dim, p.rotary_interleaved = codec.rope.rotary_dim, codec.rope.interleaved
+    log2e = 1.4426950408889634
+    p.scale_log2, p.soft_cap_log2, p.sliding_window = shape.scale * log2e, case.soft_cap * log2e, case.sliding_window
+    p.is_bf16, p.num_kv_heads = case.dtype == torch.bfloat16, case.kv_heads
+    p.heads_per_kv, p.column_groups = case.group, groups
+    p.partials, p.window_partials, p.counters = (x.data_ptr() for x in (partials, window_partials, counters))
+    p.num_ctas, p.max_phases = NUM_CTAS, phases
+    lib.decode(ctypes.byref(schedule), ctypes.byref(p))
+    assert not counters.any()  # ready for the next layer
+    window = reference.ExactWindow(t["window_pages"], step.window_block_table, case.window) if case.window else None
+    want = reference.attend(
+        t["query"].double(), t["pages"], step.block_table, step.seq_lens, step.query_start_loc, codec, case.block_size,
+        shape.scale, window, case.soft_cap, case.sliding_window,
+    )  # fmt: skip
+    got = out.double()
+    rows = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-6)
+    worst = torch.nan_to_num(torch.stack(((got - want).norm() / want.norm(), rows.max())), nan=float("inf"))
+    return float(worst[0]), float(worst[1])
+
+
+CASES = {
+    "splits, sinks": Case(lengths=(700, 97, 1333), kv_heads=2),
+    "one head": Case(lengths=(1500,), kv_heads=1),
+    "more heads than CTAs": Case(lengths=(300, 90), kv_heads=4),
+    "short, empty": Case(lengths=(1, 0, 17, 80, 129), query_lens=(1, 1, 1, 0, 1), kv_heads=1),
+    "no window": Case(lengths=(5, 333), window=0, kv_heads=1),
+    "blocks of 16": Case(lengths=(400,), block_size=16, window_block_size=16, kv_heads=1),
+    "soft cap, sliding window": Case(lengths=(700,), soft_cap=5.0, sliding_window=300, kv_heads=1),
+    "interleaved, partial rotary": Case(lengths=(300,), group=3, interleaved=True, rotary_dim=64, kv_heads=1),
+    "fp16": Case(lengths=(500,), dtype=torch.float16, kv_heads=1),
+    "drafts": Case(lengths=(300, 200), query_lens=(4, 2), kv_heads=1),
+    "block 64": Case(lengths=(800,), rope_block=64, kv_heads=1),
+    "group 8": Case(lengths=(600,), group=8, rope_block=64, kv_heads=1),
+    "4 bits": Case(plan="d128_b130", lengths=(600,), kv_heads=1),
+    "head_dim 64": Case(plan="d64_b42", lengths=(600,), kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_decode_equals_the_reference(library, name: str) -> None:
+    case = CASES[name]
+    error, worst_row = run_emulated(case, library)
+    assert error < (2e-3 if case.dtype == torch.bfloat16 else 5e-4)
+    assert worst_row < (4e-3 if case.dtype == torch.bfloat16 else 1e-3)
