@@ -47,7 +47,10 @@ constexpr int kFewTokens = 256;  // up to here a CTA per 16 tokens; beyond, CTAs
 template <typename T, int kSteps>
 void launch_few(StoreParams& p, int heads, const Launch& on) {
   const int tiles = (p.num_tokens + kTile - 1) / kTile, groups = std::max(p.side[0].groups, p.side[1].groups);
-  launch_early(store_few_kernel<T, kSteps>, p, dim3(2 * tiles, heads), 32 * groups, sizeof(StoreFewShared<kSteps>), on);
+  constexpr int kCrowded = kSteps <= 8 ? 2 : 1;  // more CTAs than multiprocessors: fewer registers make it one wave
+  const bool crowded = 2 * tiles * heads > limits_of(on.device()).multiprocessors;
+  launch_early(crowded ? store_few_kernel<T, kSteps, kCrowded> : store_few_kernel<T, kSteps, 1>, p,
+               dim3(2 * tiles, heads), 32 * groups, sizeof(StoreFewShared<kSteps>), on);
 }
 
 template <typename T, int kColumns>

@@ -179,9 +179,9 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
   }
 }
 
-// Grid (2 tiles, heads); block 32 * groups.
-template <typename T, int kSteps>
-__global__ void __launch_bounds__(32 * kSteps) store_few_kernel(const __grid_constant__ StoreParams p) {
+// Grid (2 tiles, heads); block 32 * groups. kResident: CTAs that have to fit on a multiprocessor.
+template <typename T, int kSteps, int kResident>
+__global__ void __launch_bounds__(32 * kSteps, kResident) store_few_kernel(const __grid_constant__ StoreParams p) {
   extern __shared__ __align__(16) char memory[];
   StoreFewShared<kSteps>& shared = *reinterpret_cast<StoreFewShared<kSteps>*>(memory);
   const bool is_value = blockIdx.x & 1;

@@ -38,9 +38,9 @@ void emulate_store_dtype(StoreParams& p, int heads, bool many, int ctas, bool in
   }
   const dim3 grid(2 * ((p.num_tokens + kTile - 1) / kTile), heads);
   if (wide) {
-    emulator::launch(store_few_kernel<T, 16>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
+    emulator::launch(store_few_kernel<T, 16, 1>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
   } else {
-    emulator::launch(store_few_kernel<T, 8>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
+    emulator::launch(store_few_kernel<T, 8, 1>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
   }
 }
 

@@ -21,6 +21,7 @@ from vllm_kqsvd.ops.eager import store_exact
 from vllm_kqsvd.plan import LayerPlan
 
 ROOT = Path(__file__).parents[2]
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # vector accesses trap as they would on a GPU
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
@@ -97,7 +98,8 @@ class DequantizeParams(ctypes.Structure):
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels built for the host."""
     out = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{ROOT / 'csrc'}", f"-I{cuda_headers()}"]
+    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *ALIGNED]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{cuda_headers()}"]
     subprocess.run([*command, str(ROOT / "tests/ops/cuda_emulated.cpp"), "-o", str(out)], check=True)
     lib = ctypes.CDLL(str(out))
     assert lib.store_params_size() == ctypes.sizeof(StoreParams)
