@@ -61,17 +61,22 @@ def main() -> None:
     options = parser.parse_args()
     with options.csv.open(newline="") as f:
         rows = on_common_texts([r for r in csv.DictReader(f) if selected(r, options.model, options.context)])
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    names = sorted({family(row) for row in rows})
+    colors = dict(zip(names, (f"C{i}" for i in range(10)), strict=False))
     for panel, window in zip(panels, (True, False), strict=True):
         for name, found in points(rows, window).items():
-            style = {"linewidth": 2.5, "color": "black"} if name == "vllm_kqsvd" else {"alpha": 0.7}
-            panel.plot(*zip(*found, strict=True), "o-", label=name, **style)
+            style = {"color": colors.get(name, "olive"), "alpha": 0.7, "marker": "o"}
+            if name.startswith("vllm_kqsvd"):
+                style = {"color": "black", "linewidth": 2.5, "marker": "o"}
+                style |= {"linestyle": "--", "linewidth": 1} if name.endswith(")") else {}
+            panel.plot(*zip(*found, strict=True), label=name, **style)
         panel.set(yscale="log", xlabel="stored bits per element of K and V")
         panel.set_title("exact sinks and last 64 tokens" if window else "nothing exact")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("KL to the exact cache, nats per token")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{options.model}, {options.context} tokens")
     figure.savefig(options.out)
 
