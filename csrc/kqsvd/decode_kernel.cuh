@@ -120,7 +120,8 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
 
 template <class Cf>
 __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
-  const SharedMap<Cf> map{shared_memory()};
+  KQ_DYNAMIC_SHARED(shared);
+  const SharedMap<Cf> map{shared};
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
   const uint32_t image_bar = shared_u32(map.image_bar());
   const uint8_t* ring = map.ring(warp);

@@ -8,6 +8,9 @@
 
 #include <cstdint>
 
+// Names the dynamic shared memory of the CTA.
+#define KQ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+
 namespace kqsvd::decode {
 
 __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -52,11 +55,6 @@ __device__ __forceinline__ uint32_t mul_half2(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
-// The dynamic shared memory of the CTA.
-__device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(1024) uint8_t shared[];
-  return shared;
-}
 __device__ __forceinline__ uint32_t shared_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

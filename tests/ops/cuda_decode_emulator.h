@@ -14,6 +14,7 @@
 #define __grid_constant__
 
 #define __noinline__
+#define KQ_DYNAMIC_SHARED(name) uint8_t* name = kqsvd::decode::dynamic_shared
 
 #include <map>
 
@@ -60,7 +61,6 @@ void __stcg(T* p, T x) {
 namespace kqsvd::decode {
 
 alignas(1024) inline uint8_t dynamic_shared[240 << 10];
-inline uint8_t* shared_memory() { return dynamic_shared; }
 inline uint32_t shared_u32(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - dynamic_shared); }
 inline void* generic_of(uint32_t at) { return dynamic_shared + at; }
 
