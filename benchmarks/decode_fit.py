@@ -3,6 +3,8 @@
 
     python -m benchmarks.decode_fit        writes vllm_kqsvd/decode_speed.json and prints the residuals
 
+What a step takes beside attention comes from results/step_profile.csv.
+
 Per format: microseconds = fixed + tokens * per_token + requests * per_request, all at least 0, least squares of the
 relative error over rows with equal lengths and one query token. A row measured again replaces the earlier one.
 """
@@ -19,11 +21,12 @@ from scipy.optimize import nnls
 import vllm_kqsvd
 
 RESULTS = Path(__file__).parent / "results" / "decode_attention.csv"
+PROFILE = RESULTS.with_name("step_profile.csv")
 OUT = Path(vllm_kqsvd.__file__).with_name("decode_speed.json")
 KV_ELEMENTS = 2 * 8 * 128  # of the table's shape: 8 KV heads, head_dim 128
 NAMES = {"fa3_bf16": "bf16", "fa3_fp8": "fp8"}
-# Not fitted: weights are read at about the rate of the copy kernel's best; the rest of a step is left out.
-STEP = {"weight_bytes_per_us": 2.8e6, "fixed_us": 0.0, "us_per_request": 0.0}
+WEIGHT_BYTES_PER_US = 2.8e6  # near the best rate any kernel of the table reads at
+PROFILED = {"llama-3.1-8b": (32, 16.06e9)}  # layers, bytes of weights
 
 
 def name_of(kernel: str) -> str | None:
@@ -53,6 +56,19 @@ def fit(rows: dict[tuple[int, int], dict]) -> tuple[dict, dict[tuple[int, int], 
     return {"bits": float(rows[sizes[0]]["bits"]), **dict(zip(keys, x.round(5).tolist(), strict=True))}, errors
 
 
+def step_rest(path: Path = PROFILE) -> dict[str, float]:
+    """What profiled steps take beside attention and reading the weights: fixed, and per request."""
+    with path.open(newline="") as f:
+        rows = [(float(r["users"]), r) for r in csv.DictReader(f) if r["model"] in PROFILED]
+    rest = []
+    for _, row in rows:
+        layers, weights = PROFILED[row["model"]]
+        attention = layers * float(row["attention_us_per_layer"])
+        rest.append(1000 * float(row["step_ms"]) - attention - weights / WEIGHT_BYTES_PER_US)
+    x, _ = nnls(np.array([(1.0, users) for users, _ in rows]), np.array(rest))
+    return dict(zip(("fixed_us", "us_per_request"), x.round(2).tolist(), strict=True))
+
+
 def speed_table(path: Path = RESULTS) -> tuple[dict, dict]:
     """(the JSON `kqsvd plan` reads, relative errors by format)."""
     found = {name: rows for name, rows in latest(path).items() if len(rows) >= 5}
@@ -65,7 +81,7 @@ def speed_table(path: Path = RESULTS) -> tuple[dict, dict]:
         "command": "python -m benchmarks.decode_attention; python -m benchmarks.decode_fit",
         "kv_elements": KV_ELEMENTS,
         "formats": {name: numbers for name, (numbers, _) in fits.items()},
-        "step": STEP,
+        "step": {"weight_bytes_per_us": WEIGHT_BYTES_PER_US, **step_rest()},
     }, {name: errors for name, (_, errors) in fits.items()}
 
 

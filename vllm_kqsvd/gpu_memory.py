@@ -2,18 +2,23 @@
 """What vLLM leaves for the cache: the memory a GPU really offers, and what a server takes beside weights and cache.
 
 An estimate of what vLLM measures when it starts (its "Available KV cache memory"); `kqsvd plan --kv-memory` takes
-that number itself and is then exact.
+that number itself and is then exact. The constants come from vLLM 0.33 on H100s: an 8B Llama with and without
+torch.compile, and a 135M Llama without graphs on one and two GPUs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+GIB = 2**30
 USABLE = 0.9898  # CUDA offers 79.18 GiB of an H100 80GB
 UTILIZATION = 0.92  # vLLM's default --gpu-memory-utilization
 BATCHED_TOKENS = 8192  # `vllm serve` on an H100; LLM() takes 16384
-# CUDA context, CUDA graphs, workspaces and the sampler's tensors, which do not grow with the model
-FIXED = int(1.42 * 2**30)
+MAX_SEQS = 1024
+CONTEXT = int(0.17 * GIB)  # CUDA context and workspaces
+GRAPHS = int(0.5 * GIB)  # CUDA graphs of the default sizes
+EXCHANGE = int(0.65 * GIB)  # NCCL and its buffers, with tensor parallelism
+LOGIT = 6  # bytes of a logit: 16 bits as computed, 32 as sampled
 
 
 def usable(sold: int) -> int:
@@ -21,10 +26,12 @@ def usable(sold: int) -> int:
     return int(sold * USABLE)
 
 
-def overhead(config: Any, batched_tokens: int, ranks: int) -> int:
-    """Bytes beside weights and cache on each of `ranks` GPUs: the largest activations of a prompt chunk in 16 bits.
+def overhead(config: Any, batched_tokens: int, max_seqs: int, ranks: int) -> int:
+    """Bytes beside weights and cache on each of `ranks` GPUs.
 
-    They are those of the gated feed-forward: both inputs, their product, and four rows as wide as the model.
+    The largest activations of a prompt chunk are those of the gated feed-forward, in 16 bits: both inputs, their
+    product, and four rows as wide as the model. The sampler holds the logits of `max_seqs` requests.
     """
     width = 3 * config.intermediate_size // ranks + 4 * config.hidden_size
-    return FIXED + 2 * batched_tokens * width
+    sampler = LOGIT * max_seqs * config.vocab_size
+    return CONTEXT + GRAPHS + 2 * batched_tokens * width + sampler + (EXCHANGE if ranks > 1 else 0)

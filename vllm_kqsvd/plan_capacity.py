@@ -13,7 +13,7 @@ from typing import Any
 from vllm_kqsvd import decode_speed
 from vllm_kqsvd.capacity import WINDOW, CacheFormat, latent, plain, plan_bytes
 from vllm_kqsvd.errors import ConfigError, UnsupportedError
-from vllm_kqsvd.gpu_memory import BATCHED_TOKENS, UTILIZATION, overhead, usable
+from vllm_kqsvd.gpu_memory import BATCHED_TOKENS, MAX_SEQS, UTILIZATION, overhead, usable
 from vllm_kqsvd.inspect_projection import align
 
 BITS = (4.0, 3.0, 2.5, 2.0)  # the presets balanced, compact, capacity, extreme
@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"vLLM's --gpu-memory-utilization ({UTILIZATION})")  # fmt: skip
     parser.add_argument("--batched-tokens", type=size, default=BATCHED_TOKENS, metavar="N",
                         help=f"vLLM's --max-num-batched-tokens ({BATCHED_TOKENS})")  # fmt: skip
+    parser.add_argument("--max-num-seqs", type=size, default=MAX_SEQS, metavar="N",
+                        help=f"vLLM's --max-num-seqs ({MAX_SEQS})")  # fmt: skip
     parser.add_argument("--overhead", type=size, metavar="SIZE",
                         help="activations, sampler and CUDA graphs on each GPU (estimated)")  # fmt: skip
     parser.add_argument("--kv-memory", type=size, metavar="SIZE", help="bytes of the cache, instead of the above")
@@ -142,7 +144,7 @@ def _kv_memory(args: argparse.Namespace, config: Any, weights: int) -> int:
         raise ConfigError(f"{args.model} has no safetensors files; give --weights SIZE or --kv-memory SIZE")
     more = args.overhead
     if more is None:
-        more = overhead(text_config(config), args.batched_tokens, args.tp)
+        more = overhead(text_config(config), args.batched_tokens, args.max_num_seqs, args.tp)
     memory = int(usable(args.gpu) * args.utilization) - weights // args.tp - more
     if memory <= 0:
         raise ConfigError(
