@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> Projection:
     try:
         return _read_present(folder)
     except ProjectionFileError as e:
-        raise ProjectionFileError(f"projection {folder}: {printable(str(e))}") from e
+        raise ProjectionFileError(f"projection {folder}: {printable(str(e))[:600]}") from e
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL byte
         reason = getattr(e, "strerror", None) or printable(str(e)[:80])
         raise ProjectionFileError(f"projection {folder}: cannot be read ({reason})") from e
@@ -131,7 +131,7 @@ def check_declared(raw: dict[str, Any], header: Header, data_bytes: int) -> None
     declared: dict[str, list[int]] = {}
     for name, entry in raw.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
             raise fail(f"tensor {name[:80]!r} has no shape")
         declared[name] = shape
     want = tensor_shapes(header, declared)
