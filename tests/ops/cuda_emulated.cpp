@@ -9,6 +9,18 @@
 
 namespace kqsvd {
 
+// Runs a kernel with `shared` bytes of shared memory and traps if it writes beyond them.
+template <typename Kernel, typename Params>
+void launch_guarded(Kernel kernel, const Params& params, dim3 grid, int threads, size_t shared) {
+  constexpr size_t kGuard = 4096;
+  if (shared + kGuard > sizeof(memory)) __trap();
+  std::memset(memory + shared, 0x5a, kGuard);
+  emulator::launch(kernel, params, grid, threads, memory, shared);
+  for (size_t i = 0; i < kGuard; ++i) {
+    if (memory[shared + i] != 0x5a) __trap();
+  }
+}
+
 template <typename T, int kColumns>
 void emulate_many(StoreParams& p, int heads, int ctas, bool in_shared) {
   constexpr int kWarps = kManyWarps<kColumns>;
@@ -19,12 +31,11 @@ void emulate_many(StoreParams& p, int heads, int ctas, bool in_shared) {
     const StoreManyLayout l = store_many_layout(p.dim, p.steps, side.groups, side.period, kColumns, kWarps, in_shared);
     shared = std::max<size_t>(shared, l.bytes);
   }
-  if (shared > sizeof(memory)) __trap();
   const dim3 grid(2 * p.key_ctas, heads);
   if (in_shared) {
-    emulator::launch(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, memory, shared);
+    launch_guarded(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, shared);
   } else {
-    emulator::launch(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, memory, shared);
+    launch_guarded(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, shared);
   }
 }
 
@@ -38,9 +49,9 @@ void emulate_store_dtype(StoreParams& p, int heads, bool many, int ctas, bool in
   }
   const dim3 grid(2 * ((p.num_tokens + kTile - 1) / kTile), heads);
   if (wide) {
-    emulator::launch(store_few_kernel<T, 16, 1>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
+    launch_guarded(store_few_kernel<T, 16, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<16>));
   } else {
-    emulator::launch(store_few_kernel<T, 8, 1>, p, grid, 32 * groups, memory, sizeof(StoreFewShared<16>));
+    launch_guarded(store_few_kernel<T, 8, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<8>));
   }
 }
 
@@ -49,12 +60,11 @@ void emulate_dequantize(const DequantizeParams& p, int heads, int ctas, bool in_
   const int groups = std::max(p.side[0].groups, p.side[1].groups);
   const int bytes = std::max(p.side[0].num_bytes, p.side[1].num_bytes);
   const size_t shared = dequantize_shared_bytes(p.dim, groups, bytes, in_shared);
-  if (shared > sizeof(memory)) __trap();
   const dim3 grid(2 * ctas, heads);
   if (in_shared) {
-    emulator::launch(dequantize_kernel<T, GPW, true>, p, grid, kDequantizeThreads, memory, shared);
+    launch_guarded(dequantize_kernel<T, GPW, true>, p, grid, kDequantizeThreads, shared);
   } else {
-    emulator::launch(dequantize_kernel<T, GPW, false>, p, grid, kDequantizeThreads, memory, shared);
+    launch_guarded(dequantize_kernel<T, GPW, false>, p, grid, kDequantizeThreads, shared);
   }
 }
 
