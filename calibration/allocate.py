@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vllm_kqsvd.calibration.tiling import UNIT_BYTES, planes_from_counts
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.plan import MAX_CODE_BITS, LayerPlan, SidePlan
-from vllm_kqsvd.plan_catalog import PLANS
+from vllm_kqsvd.plan_catalog import compiled_plans
 
 Table = NDArray[np.float64]  # [groups, 9]: loss of a group at every code width
 _ROUNDS = 20
@@ -134,21 +134,27 @@ def layer_loss(plan: LayerPlan, k: Table, v: Table) -> float:
     return side_losses(plan.k, k) + side_losses(plan.v, v)
 
 
-def catalogue_plans(head_dim: int, total_bytes: int) -> list[LayerPlan]:
+def catalogue_plans(head_dim: int, rope_block: int, total_bytes: int) -> list[LayerPlan]:
     """Plans of this size that CUDA decode kernels are compiled for. Raises CalibrationError if there are none."""
-    sizes = {name: (d, plan, plan.bytes_per_token - 2) for name, (d, plan) in PLANS.items()}
-    found = [plan for d, plan, size in sizes.values() if (d, size) == (head_dim, total_bytes)]
+    compiled = compiled_plans(head_dim, rope_block)
+    found = [plan for plan in compiled if plan.bytes_per_token - 2 == total_bytes]
     if not found:
-        have = sorted({8 * (size + 2) / (2 * d) for d, _, size in sizes.values() if d == head_dim})
+        have = sorted({plan.bits_per_element(head_dim) for plan in compiled})
         raise CalibrationError(
-            f"compiled plans of {8 * (total_bytes + 2) / (2 * head_dim):g} bits for head_dim {head_dim} asked for; "
-            f"there are {', '.join(f'{b:g}' for b in have) or 'none'}; choose one of these widths, or --plans free"
+            f"compiled plans of {8 * (total_bytes + 2) / (2 * head_dim):g} bits for head_dim {head_dim} in rope blocks "
+            f"of {rope_block} asked for; there are {', '.join(f'{b:g}' for b in have) or 'none'}; choose one of these "
+            "widths, or --plans free"
         )
     return found
 
 
-def _best_among(plans: Sequence[LayerPlan], k: Table, v: Table) -> LayerPlan:
-    return min(plans, key=lambda plan: layer_loss(plan, k, v))
+def _choose(cost: NDArray[np.float64], count: int) -> list[int]:
+    """Greedily, the `count` columns of cost [layers, plans] whose least entries per layer have the smallest sum."""
+    chosen = [int(cost.sum(0).argmin())]
+    while len(chosen) < min(count, cost.shape[1]):
+        held = cost[:, chosen].min(1)
+        chosen.append(int(np.minimum(cost, held[:, None]).sum(0).argmin()))
+    return chosen
 
 
 def allocate(
@@ -160,7 +166,9 @@ def allocate(
     plan, make every plan optimal for the sum of its layers. `among`: only these plans, each layer its best.
     """
     if among:
-        return [_best_among(among, k, v) for k, v in tables]
+        cost = np.array([[layer_loss(p, k, v) for p in among] for k, v in tables])
+        chosen = _choose(cost, max_plans)
+        return [among[chosen[i]] for i in cost[:, chosen].argmin(1)]
     own = [best_layer_plan(k, v, total_bytes) for k, v in tables]
     distinct = list(dict.fromkeys(plan for _, plan in own))
     if len(distinct) <= max_plans:
@@ -169,11 +177,7 @@ def allocate(
     pooled = best_layer_plan(pooled_k, pooled_v, total_bytes)[1]
     candidates = list(dict.fromkeys([pooled, *distinct]))
     cost = np.array([[layer_loss(p, k, v) for p in candidates] for k, v in tables])
-    chosen = [int(cost.sum(0).argmin())]
-    while len(chosen) < max_plans:
-        held = cost[:, chosen].min(1)
-        chosen.append(int(np.minimum(cost, held[:, None]).sum(0).argmin()))
-    plans = [candidates[c] for c in chosen]
+    plans = [candidates[c] for c in _choose(cost, max_plans)]
     previous = float("inf")
     for _ in range(_ROUNDS):
         losses = np.array([[layer_loss(p, k, v) for p in plans] for k, v in tables])

@@ -38,8 +38,8 @@ STATISTICS_FILE = "statistics.safetensors"
 class CalibrateOptions:
     """Everything a calibration depends on besides model and data; equal options and inputs give equal bytes.
 
-    rope_block 0: 32, or 64 where more than 4 query heads share a KV head. max_position: positions a `post` basis must
-    serve, 0 for the model's own maximum.
+    rope_block 0: 32, or 64 where more than 4 query heads of more than 64 channels share a KV head. max_position:
+    positions a `post` basis must serve, 0 for the model's own maximum.
     """
 
     bits: float = 4.0
@@ -49,7 +49,7 @@ class CalibrateOptions:
     rope_block: int = 0
     max_position: int = 0
     max_plans: int = 4
-    plans: str = "free"  # or "catalogue"
+    plans: str = "auto"  # solve.PLAN_CHOICES
     collect: CollectOptions = field(default_factory=CollectOptions)
 
     def __post_init__(self) -> None:
@@ -165,9 +165,14 @@ def frame_of(layer: LayerInfo, options: CalibrateOptions, longest: int) -> Frame
     mode = options.rope_mode if layer.rope.rotary_dim else "none"
     if mode == "none" and layer.rope.rotary_dim:
         raise CalibrationError(f"rope mode 'none' asked for, but {layer.name} has RoPE; use page or post")
-    block = {"pre": 1, "post": 0, "none": 0}.get(mode, options.rope_block or (32 if layer.group <= 4 else 64))
+    block = {"pre": 1, "post": 0, "none": 0}.get(mode, options.rope_block or _default_block(layer))
     rope = layer.rope if mode != "none" else NO_ROPE
     return Frame(mode, block, rope, longest if mode == "post" else None)
+
+
+def _default_block(layer: LayerInfo) -> int:
+    """Absorbing the query costs a matrix product per block and query head; longer blocks or shorter heads halve it."""
+    return 64 if layer.group > 4 and layer.head_dim > 64 else 32
 
 
 def project(

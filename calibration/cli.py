@@ -11,7 +11,9 @@ from vllm_kqsvd.calibration.basis import BASES
 from vllm_kqsvd.calibration.calibrate import PRESETS, CalibrateOptions, bits_of_ratio, calibrate, remove_partial
 from vllm_kqsvd.calibration.collect import CollectOptions
 from vllm_kqsvd.calibration.frames import ROPE_MODES
+from vllm_kqsvd.calibration.solve import PLAN_CHOICES
 from vllm_kqsvd.errors import CalibrationError, ConfigError
+from vllm_kqsvd.plan_catalog import compiled_plans
 from vllm_kqsvd.projection import ModelFingerprint, Projection, save_projection
 
 
@@ -34,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope-mode", choices=ROPE_MODES, default=defaults.rope_mode, help="frame of the keys (default %(default)s)"
     )
     parser.add_argument(
-        "--rope-block", type=int, default=0, metavar="T", help="positions per rope block (default 32, or 64 if GQA > 4)"
+        "--rope-block",
+        type=int,
+        default=0,
+        metavar="T",
+        help="positions per rope block (default 32; 64 if GQA > 4, head_dim > 64)",
     )
     parser.add_argument(
         "--max-model-len",
@@ -48,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plans",
-        choices=("free", "catalogue"),
+        choices=PLAN_CHOICES,
         default=defaults.plans,
-        help="catalogue: only bit plans with a compiled CUDA decode kernel (default %(default)s)",
+        help="catalogue: only bit plans with a compiled CUDA decode kernel; free: any, which GPUs decode with slower "
+        "Triton kernels; auto: catalogue where it has the asked width, else free (default %(default)s)",
     )
     parser.add_argument(
         "--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)"
@@ -154,11 +161,14 @@ def _check_output(output: Path) -> None:
 def summary(projection: Projection, output: Path, digest: str, seconds: float) -> str:
     """What was written, in a few lines."""
     plans = {e.codec.plan for e in projection.layers.values()}
+    head_dim = projection.model.head_dim
+    compiled = all(e.codec.plan in compiled_plans(head_dim, e.rope_block) for e in projection.layers.values())
     error = projection.predicted
     return "\n".join(
         (
             f"wrote {output} (digest {digest[:12]}) in {seconds:.0f} s",
-            f"  {len(projection.layers)} layers, {len(plans)} bit plans, "
+            f"  {len(projection.layers)} layers, {len(plans)} bit plans "
+            f"({'with CUDA decode kernels' if compiled else 'without a CUDA decode kernel: Triton decodes'}), "
             f"{projection.calibration['bits_per_element']:.3f} bits per element with scales, "
             f"{projection.compression_ratio():.2f}x smaller than 16 bits (exact window not counted)",
             f"  predicted relative logit error: mean {sum(error) / max(1, len(error)):.4f}, "

@@ -214,15 +214,15 @@ class Collector:
         self, statistics: Statistics, ids: list[int], gen: torch.Generator, add: Callable[[AttentionCall], None]
     ) -> None:
         """Gradients of -log p(labels) with labels drawn from the model itself: their Gram is the Fisher metric."""
-        masks: dict[int, dict[str, torch.Tensor]] = {}
+        weights: dict[int, dict[str, torch.Tensor]] = {}
 
         @torch.no_grad()
         def forward(call: AttentionCall) -> None:
             add(call)
-            masks[id(call.module)] = self._ordinary(statistics, call)
+            weights[id(call.module)] = self._weights(statistics, call)
 
         def backward(module: nn.Module, dk: torch.Tensor, dv: torch.Tensor) -> None:
-            self._add_gradients(statistics, module, dk, dv, masks[id(module)])
+            self._add_gradients(statistics, module, dk, dv, weights[id(module)])
 
         tokens = torch.tensor([ids], device=self.device)
         embedded = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
@@ -267,21 +267,21 @@ class Collector:
                 grad = torch.einsum("tm,hdm->htd", noise, weight.to(self.device, torch.float32))
             q, k, v = (x.float() for x in (call.q, call.k, call.v))
             *_, dk, dv = attention_gradients(q, k, v, grad, call.mask, call.scale, call.soft_cap, self.options.window)
-            self._add_gradients(statistics, call.module, dk, dv, self._ordinary(statistics, call))
+            self._add_gradients(statistics, call.module, dk, dv, self._weights(statistics, call))
 
         self._forward(ids, observer)
 
-    def _ordinary(self, statistics: Statistics, call: AttentionCall) -> dict[str, torch.Tensor]:
+    def _weights(self, statistics: Statistics, call: AttentionCall) -> dict[str, torch.Tensor]:
         layer = self._layer_of[id(call.module)]
         sums = statistics.layers[layer.index]
         # Tokens of the last window are never read through the cache inside this text: their gradients are zero.
         readable = torch.arange(call.k.shape[1], device=self.device) < call.k.shape[1] - self.options.window
-        k = sums.classes("k", before_rope(call.k, layer.rope))[0]
-        return {"k": k & readable, "v": sums.classes("v", call.v.float())[0] & readable}
+        k, v = before_rope(call.k, layer.rope), call.v.float()
+        return {"k": sums.error_weight("k", k) * readable, "v": sums.error_weight("v", v) * readable}
 
     def _add_gradients(
-        self, stats: Statistics, module: nn.Module, dk: torch.Tensor, dv: torch.Tensor, masks: dict[str, torch.Tensor]
+        self, stats: Statistics, module: nn.Module, dk: torch.Tensor, dv: torch.Tensor, weights: dict[str, torch.Tensor]
     ) -> None:
         layer = self._layer_of[id(module)]
-        stats.layers[layer.index].add_gradients("k", before_rope(dk, layer.rope), masks["k"])
-        stats.layers[layer.index].add_gradients("v", dv, masks["v"])
+        stats.layers[layer.index].add_gradients("k", before_rope(dk, layer.rope), weights["k"])
+        stats.layers[layer.index].add_gradients("v", dv, weights["v"])

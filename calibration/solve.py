@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,13 @@ from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, voting
 from vllm_kqsvd.calibration.statistics import LayerStatistics
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
+from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.reference import decode, encode
-from vllm_kqsvd.plan import GROUP, SidePlan
+from vllm_kqsvd.plan import GROUP, LayerPlan, SidePlan
 
+logger = logging.getLogger(__name__)
 ROTATED = ("mix", "fisher", "kq", "ksvd", "eigen", "weight_svd")  # bases whose equal-bit tiers are rotated
+PLAN_CHOICES = ("auto", "catalogue", "free")
 _TABLE_TOKENS = 2048
 
 
@@ -33,7 +37,7 @@ class SolveOptions:
     basis: str = "mix"
     center: bool = True
     max_plans: int = 4
-    plans: str = "free"  # or "catalogue": those with a compiled CUDA decode kernel
+    plans: str = "auto"  # one of PLAN_CHOICES
     window: int = 64
     context: int = 2048
     seed: int = 0
@@ -209,6 +213,21 @@ class LayerSolver:
         return torch.einsum("nhd,nhe->hde", error, error) / error.shape[0]
 
 
+def plans_to_choose_from(kind: str, head_dim: int, rope_blocks: set[int], total_bytes: int) -> list[LayerPlan]:
+    """The plans layers may have, empty for any. "catalogue": those with a compiled CUDA decode kernel (CalibrationError
+    if there are none); "auto": those if there are any, else free ones, which the Triton kernels decode."""
+    if kind == "free":
+        return []
+    try:
+        found = [catalogue_plans(head_dim, block, total_bytes) for block in sorted(rope_blocks)]
+    except CalibrationError as e:
+        if kind == "catalogue":
+            raise
+        logger.warning("no CUDA decode kernel is compiled for this shape, Triton will decode: %s", e)
+        return []
+    return [plan for plan in found[0] if all(plan in other for other in found)]
+
+
 def solve(
     layers: Sequence[LayerInfo],
     statistics: Sequence[LayerStatistics],
@@ -218,7 +237,7 @@ def solve(
 ) -> list[SolvedLayer]:
     """Coders of all layers, each `total_bytes` of planes per token and KV head."""
     solvers = [LayerSolver(a, s, f, options) for a, s, f in zip(layers, statistics, frames, strict=True)]
-    among = catalogue_plans(layers[0].head_dim, total_bytes) if options.plans == "catalogue" else ()
+    among = plans_to_choose_from(options.plans, layers[0].head_dim, {f.rope_block for f in frames}, total_bytes)
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     plans = allocate(tables, total_bytes, options.max_plans, among)
     return [s.finish(p.k, p.v) for s, p in zip(solvers, plans, strict=True)]

@@ -8,7 +8,7 @@ Everything is before RoPE (frames.py derives every rope mode from it), in float6
 | `{k,v}_count`, `{k,v}_sum`, `{k,v}_gram` | [H], [H, d], [H, d, d] | ordinary tokens |
 | `{k,v}_sink_count`, `{k,v}_sink_sum` | [H], [H, d] | sink tokens |
 | `q_count`, `q_gram` | [], [H, d, d] | queries, the heads of a group stacked |
-| `{k,v}_grad_count`, `{k,v}_grad_gram` | [H], [H, d, d] | gradients dL/dk, dL/dv at ordinary tokens |
+| `{k,v}_grad_count`, `{k,v}_grad_gram` | [H], [H, d, d] | dL/dk, dL/dv at ordinary tokens, weighted and clipped |
 | `{k,v}_samples` | [n, H, d] float32 | tokens drawn at random, for the quantizer's tables |
 """
 
@@ -27,6 +27,7 @@ from vllm_kqsvd.calibration.sinks import FIRST_ORDINARY, Prototypes
 from vllm_kqsvd.errors import CalibrationError
 
 _METADATA_KEY = "kqsvd_statistics"
+_CLIP_SHARE = 0.95  # of a window's tokens keep their gradient energy whole; the rest are cut down to this quantile
 _GRAM_BLOCK = 256  # tokens whose products are added in float32 before float64 takes over
 
 
@@ -87,10 +88,28 @@ class LayerStatistics:
         self.sums["q_count"] += y.shape[1]
         self.sums["q_gram"] += gram(y)
 
-    def add_gradients(self, side: str, grad: torch.Tensor, ordinary: torch.Tensor) -> None:
-        """Gradients [H, T, d] of a window's loss before RoPE; tokens outside `ordinary` [H, T] are left out."""
-        self.sums[f"{side}_grad_count"] += ordinary.sum(-1)
-        self.sums[f"{side}_grad_gram"] += gram(grad.float() * ordinary[..., None])
+    def add_gradients(self, side: str, grad: torch.Tensor, weight: torch.Tensor) -> None:
+        """Gradients [H, T, d] of a window's loss before RoPE; weight [H, T]: squared scale of a token's coding error,
+        0 for tokens that are left out.
+
+        A token's error is proportional to its own scale, so that its gradient counts by the scale squared. And a
+        hundredth of the tokens carries most of the energy, far beyond where the loss is quadratic: energies above a
+        quantile of the window are cut down to it.
+        """
+        counted = weight > 0
+        weight = weight * (counted.sum(-1) / weight.sum(-1).clamp_min(1e-30))[:, None]
+        energy = grad.float().square().sum(-1) * weight
+        for h in range(len(energy)):
+            if bool(counted[h].any()):
+                limit = energy[h][counted[h]].quantile(_CLIP_SHARE)
+                weight[h] *= (limit / energy[h].clamp_min(1e-30)).clamp_max(1)
+        self.sums[f"{side}_grad_count"] += counted.sum(-1)
+        self.sums[f"{side}_grad_gram"] += gram(grad.float() * weight.sqrt()[..., None])
+
+    def error_weight(self, side: str, x: torch.Tensor) -> torch.Tensor:
+        """Weights [H, T] of `add_gradients` for keys before RoPE or values x [H, T, d]."""
+        ordinary, _ = self.classes(side, x)
+        return (x - self.prototypes[side].mean[:, None]).square().sum(-1) * ordinary
 
     def mean(self, side: str) -> torch.Tensor:
         """Mean of ordinary tokens before RoPE, [H, d] float64."""

@@ -5,6 +5,10 @@ A decode kernel knows its plan at compile time, so only plans listed here run in
 Triton. Planes are spelled out because the order of groups inside a secondary plane matters for speed: the fewer
 different powers of two separate a group's planes, the fewer multiplications (`csrc/kqsvd/plan.cuh`).
 
+Every width has several plans; `kqsvd calibrate` gives each layer the one it loses least with. The lettered ones follow
+the spectra of two models (SmolLM2-135M, Qwen2.5-Coder-1.5B): steep, so that the first group takes 6 to 8 bits and the
+last few none. They are also cheap to decode: few planes, hence few fields to unpack, and few key channels to absorb.
+
 `python -m vllm_kqsvd.plan_catalog csrc` writes csrc/decode_*.cu.
 """
 
@@ -33,12 +37,35 @@ _K_32 = side((4, "01"), (2, "2345"))  # 4 4 2 2 2 2, rank 96
 _V_48 = side((4, "0"), (2, "1234"), (2, "56"), (1, "01526374"))  # 5 3 3 3 3 3 3 1
 _V_40 = side((2, "0123"), (2, "4567"), (1, "0123"))  # 3 3 3 3 2 2 2 2
 
+_K_64A = side((8, "0"), (4, "21"), (4, "3"), (2, "6145"), (1, "2457"))  # 8 6 5 4 3 3 2 1
+_K_64B = side((4, "10"), (4, "23"), (4, "4"), (2, "7056"), (1, "0561"))  # 7 5 4 4 4 3 3 2
+_V_64 = side((4, "10"), (4, "23"), (4, "4"), (2, "5067"), (1, "1567"))  # 6 5 4 4 4 3 3 3
+_K_48A = side((4, "10"), (4, "2"), (2, "4053"), (2, "76"))  # 6 4 4 2 2 2 2 2
+_V_48A = side((4, "01"), (2, "5234"), (2, "67"), (1, "0234"))  # 5 4 3 3 3 2 2 2
+_K_40A = side((4, "10"), (2, "3042"), (1, "6527"))  # 6 4 3 2 2 1 1 1
+_V_40A = side((4, "01"), (2, "3245"), (1, "0267"))  # 5 4 3 2 2 2 1 1
+_K_40B = side((4, "10"), (4, "2"), (2, "03"), (1, "0145"))  # 7 5 4 2 1 1, rank 96
+_V_56B = side((4, "01"), (4, "23"), (2, "7456"), (1, "0456"))  # 5 4 4 4 3 3 3 2
+_V_40B = side((4, "0"), (2, "1234"), (2, "56"), (1, "1237"))  # 4 3 3 3 2 2 2 1
+_K_32A = side((4, "10"), (2, "2034"))  # 6 4 2 2 2, rank 80
+_K_32B = side((4, "10"), (4, "2"), (2, "03"))  # 6 4 4 2, rank 64
+_V_32A = side((4, "0"), (2, "1234"), (1, "1567"))  # 4 3 2 2 2 1 1 1
+
 # head_dim 64: four groups
 _FOUR_64 = side((4, "01"), (4, "23"))
 _THREE_64 = side((2, "0123"), (1, "0123"))
 _TWO_64 = side((2, "0123"))
 _K_24 = side((4, "01"), (2, "23"))  # 4 4 2 2
 _K_16 = side((4, "0"), (2, "12"))  # 4 2 2, rank 48
+
+_K_32A_64 = side((8, "0"), (4, "1"), (2, "23"))  # 8 4 2 2
+_K_32B_64 = side((4, "10"), (4, "2"), (2, "03"))  # 6 4 4 2
+_V_32_64 = side((4, "01"), (2, "32"), (1, "0312"))  # 5 5 3 3
+_K_24A = side((4, "10"), (2, "02"))  # 6 4 2, rank 48
+_K_24B = side((4, "0"), (2, "12"), (1, "1023"))  # 5 3 3 1
+_K_16A = side((4, "0"), (2, "01"))  # 6 2, rank 32
+_V_24_64 = side((4, "01"), (2, "23"))  # 4 4 2 2
+_V_16_64 = side((2, "01"), (1, "0213"))  # 3 3 1 1
 
 PLANS: dict[str, tuple[int, LayerPlan]] = {
     # name: (head_dim, plan); the number is bytes per token and KV head, scales included
@@ -51,6 +78,22 @@ PLANS: dict[str, tuple[int, LayerPlan]] = {
     "d64_b50": (64, LayerPlan(_K_24, _THREE_64)),
     "d64_b42": (64, LayerPlan(_K_24, _TWO_64)),
     "d64_b34": (64, LayerPlan(_K_16, _TWO_64)),
+    "d128_b130a": (128, LayerPlan(_K_64A, _V_64)),
+    "d128_b130b": (128, LayerPlan(_K_64B, _V_64)),
+    "d128_b98a": (128, LayerPlan(_K_48A, _V_48A)),
+    "d128_b98b": (128, LayerPlan(_K_40B, _V_56B)),
+    "d128_b82a": (128, LayerPlan(_K_40A, _V_40A)),
+    "d128_b82b": (128, LayerPlan(_K_40B, _V_40B)),
+    "d128_b66a": (128, LayerPlan(_K_32A, _V_32A)),
+    "d128_b66b": (128, LayerPlan(_K_32B, _V_32A)),
+    "d64_b66a": (64, LayerPlan(_K_32A_64, _V_32_64)),
+    "d64_b66b": (64, LayerPlan(_K_32B_64, _V_32_64)),
+    "d64_b50a": (64, LayerPlan(_K_24A, _V_24_64)),
+    "d64_b50b": (64, LayerPlan(_K_24B, _V_24_64)),
+    "d64_b42a": (64, LayerPlan(_K_16A, _V_24_64)),
+    "d64_b42b": (64, LayerPlan(_K_16, _V_24_64)),
+    "d64_b34a": (64, LayerPlan(_K_16A, _V_16_64)),
+    "d64_b34b": (64, LayerPlan(_K_16, _V_16_64)),
 }
 
 
@@ -100,9 +143,23 @@ def _cpp(plan: SidePlan) -> str:
     return f"{{{len(plan.planes)}, {plan.num_groups}, {{{planes}}}}}"
 
 
+def _variants(name: str) -> list[tuple[int, int]]:
+    """(columns, rope block) of a plan's kernels. The lettered plans have those that default calibrations need: blocks
+    of 64 only at head_dim 128 and for more than 4 query heads per KV head."""
+    if not name[-1].isalpha():
+        return [(c, t) for c in COLUMNS for t in ROPE_BLOCKS]
+    return [(4, 32), (8, 32), (8, 64)] if PLANS[name][0] > 64 else [(4, 32), (8, 32)]
+
+
 def instances() -> list[Instance]:
     """Every kernel that is compiled."""
-    return [Instance(name, c, t) for name in PLANS for c in COLUMNS for t in ROPE_BLOCKS]
+    return [Instance(name, c, t) for name in PLANS for c, t in _variants(name)]
+
+
+def compiled_plans(head_dim: int, rope_block: int) -> list[LayerPlan]:
+    """Plans with a kernel for this head_dim and rope block (0: none), whatever the number of query heads."""
+    found = [i for i in instances() if (i.columns, i.rope_block) == (8, rope_block or 32)]
+    return [PLANS[i.plan_name][1] for i in found if PLANS[i.plan_name][0] == head_dim]
 
 
 def find_instance(plan: LayerPlan, head_dim: int, columns: int, rope_block: int) -> Instance | None:

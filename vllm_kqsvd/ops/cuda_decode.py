@@ -137,6 +137,8 @@ class CudaDecode:
         columns = 4 if self.heads_per_kv * max_query_len <= 4 else 8
         if columns not in self._instances:
             found = find_instance(self.codec.plan, self.shape.head_dim, columns, self.codec.rope_block)
+            if found is None:  # not every plan has a kernel of 4 columns; one of 8 leaves some of its own empty
+                found = find_instance(self.codec.plan, self.shape.head_dim, 8, self.codec.rope_block)
             assert found is not None  # why_unsupported
             packed = torch.ops.kqsvd.decode_instance(found.key)
             if packed == 0:
