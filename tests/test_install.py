@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_packaging import ROOT, build_wheel, python, sdist, wheel_file  # noqa: F401 (fixtures)
+from tests.conftest import ROOT, build_wheel, python
 
 # every installed distribution that is not this project's: name, version and place
 LISTING = """
@@ -53,7 +53,7 @@ class Clean:
 
 
 @pytest.fixture(scope="module")
-def clean(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:  # noqa: F811
+def clean(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
     """The wheel with the calibrator's extra, installed without an index; nothing else may have changed."""
     made = Clean(tmp_path_factory.mktemp("clean"))
     before = made.run(made.python, "-c", LISTING)
@@ -80,7 +80,7 @@ def test_installed_command_works(clean: Clean) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_every_supported_python(version: str, wheel_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_supported_python(version: str, wheel_file: Path, tmp_path: Path) -> None:
     """All sources compile, and what needs no torch is imported, on the interpreters this machine has."""
     found = shutil.which(f"python{version}")
     if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
@@ -93,7 +93,7 @@ def test_every_supported_python(version: str, wheel_file: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_the_cuda_wheel(sdist: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_cuda_wheel(sdist: Path, tmp_path: Path) -> None:
     """One wheel for all Pythons: built from the source distribution, without symbols of one Python, and it loads."""
     # Two of the decode kernels stand for all: the others differ in generated constants only.
     chosen = {"KQSVD_BUILD_CUDA": "1", "KQSVD_DECODE_KERNELS": "d128_b82_c4_t32;d64_b66_c8_t64"}
