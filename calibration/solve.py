@@ -164,7 +164,7 @@ class LayerSolver:
 
     def finish(self, k_plan: SidePlan, v_plan: SidePlan) -> SolvedLayer:
         """The coder of these plans: tiers rotated, steps and guards fitted, error measured with the reference coder."""
-        k, v = (self._codec(self.sides[n], p) for n, p in (("k", k_plan), ("v", v_plan)))
+        k, v = (self.coder(n, p) for n, p in (("k", k_plan), ("v", v_plan)))
         codec = LayerCodec(k, v, self.frame.rope, self.frame.rope_block).to("cpu")
         error = {n: self._error_gram(codec, n) for n in ("k", "v")}
         logit = float(torch.einsum("hde,hed->", self.kq, error["k"]))
@@ -181,7 +181,9 @@ class LayerSolver:
         basis = self.sides[name].basis
         return (basis.encode * basis.weight.sqrt()[:, None, :]).mT
 
-    def _codec(self, side: Side, plan: SidePlan) -> SideCodec:
+    def coder(self, name: str, plan: SidePlan) -> SideCodec:
+        """One side's coder under a plan."""
+        side = self.sides[name]
         bits = [b for b in plan.group_bits for _ in range(GROUP)]
         basis = side.basis
         if self.options.basis in ROTATED:
