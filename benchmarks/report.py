@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import decode_fit, decode_plot, fidelity_plot, serving_plot
+from benchmarks import decode_fit, decode_plot, fidelity_plot, serving_plot, speed_plot
 from benchmarks.report_tables import PROVENANCE, RESULTS, Row, newest, number, pivot, provenance, read, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -44,7 +44,7 @@ def decode_section() -> str:
             row["batch x context"] += f", {row['query_len']} query tokens"
     rows.sort(key=lambda r: (r["query_len"], r["lengths"], int(r["batch"]), int(r["context"])))
     decode_plot.main([str(IMAGES / "decode_time.png")])
-    decode_plot.main([str(IMAGES / "decode_speed.png"), "--relative"])
+    speed_plot.main([str(IMAGES / "decode_bars.png")])
     head, lines = pivot(rows, ["batch x context"], "format", "us", list(decode_plot.FORMATS))
     labels = [decode_plot.FORMATS[h][0] if h in decode_plot.FORMATS else h for h in head]
     return "\n\n".join(
@@ -52,7 +52,7 @@ def decode_section() -> str:
             "## Decode attention: speed against context",
             "Microseconds per layer, everything included: frames, scales, exact window, merge, value basis. "
             "32 query heads, 8 KV heads, head_dim 128; random fills.",
-            image("decode_speed", "decode speed over FlashAttention 3 in bf16, against context"),
+            image("decode_bars", "decode speed over FlashAttention 3 in bf16, by batch and context"),
             image("decode_time", "decode time against context"),
             table(labels, lines),
             provenance(rows, "python -m benchmarks.decode_attention"),

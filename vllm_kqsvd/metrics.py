@@ -29,7 +29,7 @@ LABELS = ("model_name", "engine")
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "info": ("Constant 1; the labels say what serves.", ("version", "kernels", "digest", "window", "block_size")),
     "ranks": ("Ranks that have reported.", ()),
-    "layers": ("Compressed attention layers by rope mode and kernels.", ("mode", "kernels")),
+    "layers": ("Attention layers by rope mode and kernels; mode native keeps vLLM's own cache.", ("mode", "kernels")),
     "kv_bytes_per_token": ("Bytes of one latent token over all ranks, scales included, window not.", ()),
     "kv_bytes_per_token_uncompressed": ("Bytes of one token in the model's own type, over all ranks.", ()),
     "kv_bits_per_element": ("Stored bits per element of K and V, scales included.", ()),
@@ -119,15 +119,18 @@ def values_of(ranks: list[status.RankStatus]) -> dict[str, float]:
     latent, exact = sum(r.latent_bytes for r in ranks), sum(r.exact_bytes for r in ranks)
     tokens = min(r.kv_tokens for r in ranks)
     plain = min(r.kv_tokens_exact for r in ranks)
+    against_plain = {
+        "compression_ratio": tokens / max(plain, 1),
+        "kv_tokens_uncompressed": plain,
+        "kv_tokens_gained": tokens - plain,
+    }
     return {
         "ranks": len(ranks),
         "kv_bytes_per_token": latent,
         "kv_bytes_per_token_uncompressed": exact,
         "kv_bits_per_element": sum(r.bits_per_element * r.exact_bytes for r in ranks) / max(exact, 1),
-        "compression_ratio": tokens / max(plain, 1),
         "kv_tokens": tokens,
-        "kv_tokens_uncompressed": plain,
-        "kv_tokens_gained": tokens - plain,
+        **(against_plain if plain else {}),
         "window_blocks_per_request": max(r.window_blocks for r in ranks),
         "self_test_error_max": max(r.self_test_error for r in ranks),
         "nan_guard_trips": max(r.nan_trips for r in ranks),

@@ -27,8 +27,9 @@ FOLDER = "KQSVD_STATUS_DIR"  # set by `open_session`, for the processes of one s
 class RankStatus:
     """One rank's numbers. Bytes are per token over this rank's layers; tokens count exact windows and padding.
 
-    layers: "rope mode/kernels" -> count. self_test: "passed" and "skipped" -> layers. self_test_error: largest
-    relative difference from the reference. window_blocks: blocks the exact window of one decoding request can hold.
+    layers: "rope mode/kernels" -> count; "native/vllm" are those with vLLM's own cache, beside which kv_tokens_exact
+    is 0: not known. self_test: "passed" and "skipped" -> layers. self_test_error: largest relative difference from
+    the reference. window_blocks: blocks the exact window of one decoding request can hold.
     """
 
     engine: int = 0

@@ -81,6 +81,8 @@ def test_sums_over_ranks() -> None:
     assert values["nan_guard_trips"] == 4 and values["ranks"] == 4
     assert metrics.layers_of(ranks) == {("page", "cuda"): 4, ("page", "triton"): 2}
     assert set(values) <= set(metrics.GAUGES)
+    mixed = metrics.values_of([rank(0, 0, kv_tokens_exact=0)])  # beside native layers nothing is comparable
+    assert mixed["kv_tokens"] == 90 and "compression_ratio" not in mixed and "kv_tokens_gained" not in mixed
 
 
 def test_without_custom_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> Ra
     latent = sum(i.num_kv_heads * i.ops.codec.plan.bytes_per_token for i in impls)
     window_blocks = spec.max_memory_usage_bytes(config) // spec.page_size_bytes
     groups, others = native.groups_of(config, len(impls))
+    beside = len(native.layers_of(config))
+    layers = Counter(f"{i.rope_mode}/{i.ops.name}" for i in impls) + Counter({"native/vllm": beside})
     longest = config.model_config.max_model_len
     tested = [i.self_test_error for i in impls if i.self_test_error is not None]
     parallel = config.parallel_config
@@ -42,7 +44,7 @@ def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> Ra
         tensor_rank=tensor,
         digest=first.digest,
         kernels=", ".join(sorted({i.ops.name for i in impls})),
-        layers=dict(Counter(f"{i.rope_mode}/{i.ops.name}" for i in impls)),
+        layers=dict(layers),
         latent_bytes=latent,
         exact_bytes=exact,
         bits_per_element=8 * latent / (exact / first.dtype.itemsize),
@@ -52,7 +54,8 @@ def status_of(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> Ra
         window_blocks=window_blocks,
         num_blocks=num_blocks,
         kv_tokens=num_blocks * longest // (groups * (-(-longest // block) + window_blocks) + others),
-        kv_tokens_exact=num_blocks * block * latent // (block * exact) * block,
+        # what a mixed model would hold natively depends on vLLM's grouping of all its layers
+        kv_tokens_exact=0 if beside else num_blocks * block * latent // (block * exact) * block,
         max_model_len=longest,
         self_test={"passed": len(tested), "skipped": len(impls) - len(tested)},
         self_test_error=max(tested, default=0.0),
@@ -71,7 +74,7 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
         f"{status.kv_tokens:,} instead of {plain:,} in the same memory "
         f"({status.kv_tokens / max(plain, 1):.2f}x at {status.max_model_len:,} tokens per request, windows counted)"
     )
-    if others:  # what the model would hold natively depends on vLLM's grouping of all its layers
+    if others:
         gained = f"{status.kv_tokens:,} at {status.max_model_len:,} tokens per request, all layers and windows counted"
     modes = ", ".join(sorted({i.rope_mode for i in impls}))
     world = config.parallel_config.tensor_parallel_size
