@@ -39,6 +39,7 @@ class MixedOps(CudaOps):
     """CUDA store and prefill, Triton decode."""
 
     name = "cuda+triton"
+
     def _make_decode(self) -> None:
         from vllm_kqsvd.ops.triton.layer_ops import TritonOps
 
