@@ -44,7 +44,7 @@ def kqsvd(*arguments: object) -> str:
 
 def projection_key() -> str:
     """Changes with whatever a projection is made from: the calibrator, the codec, the options."""
-    digest = hashlib.sha256(" ".join([*CALIBRATE, *on_gpu()]).encode())
+    digest = hashlib.sha256(" ".join(CALIBRATE).encode())
     for folder in ("calibration", "vllm_kqsvd"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
@@ -57,7 +57,7 @@ def projection(model: Path) -> Path:
     if not folder.exists():
         for old in DEMO.glob("projection-*"):
             shutil.rmtree(old)
-        kqsvd("calibrate", model, "--output", folder, *CALIBRATE, *on_gpu(), "--data", *calibration_files())
+        kqsvd("calibrate", model, "--output", folder, *CALIBRATE, "--data", *calibration_files())
     return folder
 
 
@@ -66,11 +66,6 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def on_gpu() -> list[str]:
-    """On a GPU, keep to bit plans that have compiled decode kernels."""
-    return ["--plans", "catalogue"] if has_gpu() else []
 
 
 def eager() -> list[str]:
