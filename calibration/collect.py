@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes over the calibration text: a short pilot for the sinks, moments of every window, gradients of some.
 
-On a CPU several windows run at once, each on its share of the threads: a window's many small operations fill one core
-better than they fill two. Windows are added up in their order, so the result does not depend on how many run at once.
+On a CPU several windows run at once (parallel.py); they are added up in their order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +22,13 @@ from vllm_kqsvd.calibration.capture import AttentionCall, PassDone, observe, obs
 from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.gradients import attention_gradients
 from vllm_kqsvd.calibration.model_probe import LayerInfo
+from vllm_kqsvd.calibration.parallel import in_order
 from vllm_kqsvd.calibration.sinks import Prototypes, find_prototypes
 from vllm_kqsvd.calibration.statistics import LayerStatistics, Statistics
 from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
 
 PILOT_TEXTS, PILOT_LENGTH = 16, 128
 _SAVE_SECONDS = 30.0
-_MAX_PARALLEL = 4  # windows at once: each holds its own activations
 _LOGIT_ROWS = 128  # positions whose logits exist at once
 
 
@@ -127,7 +124,7 @@ class Collector:
         """Add the windows `steps`; saves now and then to `save_to`, so that a killed run can go on."""
         saved = time.monotonic()
         todo = list(steps)
-        done = self._in_order(statistics, todo)
+        done = in_order(lambda step: self._step(statistics.blank(), step), todo, self.device)
         total = statistics.steps_done + len(todo)
         for part in tqdm(done, desc="calibrating", unit="window", initial=statistics.steps_done, total=total):
             statistics.merge(part)
@@ -135,28 +132,6 @@ class Collector:
                 statistics.save(save_to)
                 saved = time.monotonic()
         return statistics
-
-    def _in_order(self, statistics: Statistics, steps: list[int]) -> Iterator[Statistics]:
-        """Statistics of every step alone, several computed at once."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        parallel = min(threads, _MAX_PARALLEL, len(steps))
-        if parallel < 2:
-            yield from (self._step(statistics.blank(), step) for step in steps)
-            return
-        share = threads // parallel
-        pool = ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(share,))
-        running: deque[Future[Statistics]] = deque()
-        try:
-            torch.set_num_threads(share)
-            for step in steps:
-                running.append(pool.submit(self._step, statistics.blank(), step))
-                if len(running) > parallel:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
     def _step(self, statistics: Statistics, step: int) -> Statistics:
         (self._moments if step < self.options.moment_windows else self._gradients)(statistics, step)

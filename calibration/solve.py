@@ -16,6 +16,7 @@ from vllm_kqsvd.calibration.frames import Frame, distance_law
 from vllm_kqsvd.calibration.means import MeanFactors, fixed_means, key_means, logit_mean_energy
 from vllm_kqsvd.calibration.metric import kq_metric, metric
 from vllm_kqsvd.calibration.model_probe import LayerInfo
+from vllm_kqsvd.calibration.parallel import in_order
 from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, voting
 from vllm_kqsvd.calibration.statistics import LayerStatistics
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
@@ -238,8 +239,10 @@ def solve(
     options: SolveOptions,
 ) -> list[SolvedLayer]:
     """Coders of all layers, each `total_bytes` of planes per token and KV head."""
-    solvers = [LayerSolver(a, s, f, options) for a, s, f in zip(layers, statistics, frames, strict=True)]
+    inputs = list(zip(layers, statistics, frames, strict=True))
+    solvers = list(in_order(lambda x: LayerSolver(*x, options), inputs, options.device))
     among = plans_to_choose_from(options.plans, layers[0].head_dim, {f.rope_block for f in frames}, total_bytes)
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     plans = allocate(tables, total_bytes, options.max_plans, among)
-    return [s.finish(p.k, p.v) for s, p in zip(solvers, plans, strict=True)]
+    pairs = list(zip(solvers, plans, strict=True))
+    return list(in_order(lambda x: x[0].finish(x[1].k, x[1].v), pairs, options.device))
