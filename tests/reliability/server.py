@@ -151,11 +151,10 @@ def assert_dies_clearly(server: Server, title: str) -> None:
 
 @dataclass(frozen=True)
 class Solo:
-    """What a prompt answers alone: tokens, and at each step by how much the best token leads and which follows."""
+    """What a prompt answers alone: tokens, and at each step the five best and how far they are from the best."""
 
     tokens: list[int]
-    lead: list[float]
-    second: list[str]
+    behind: list[dict[str, float]]  # log probability
 
 
 def body_of(prompt: list[int], max_tokens: int, **more: object) -> Json:
@@ -168,6 +167,6 @@ def body_of(prompt: list[int], max_tokens: int, **more: object) -> Json:
 
 def solo(server: Server, prompt: list[int], max_tokens: int) -> Solo:
     """The greedy answer while the server does nothing else."""
-    choice = server.post(body_of(prompt, max_tokens, logprobs=2))["choices"][0]
-    best = [sorted(d.items(), key=lambda p: -p[1])[:2] for d in choice["logprobs"]["top_logprobs"]]
-    return Solo(choice["token_ids"], [a[1] - b[1] for a, b in best], [b[0] for _, b in best])
+    choice = server.post(body_of(prompt, max_tokens, logprobs=5))["choices"][0]
+    steps = choice["logprobs"]["top_logprobs"]
+    return Solo(choice["token_ids"], [{token: max(d.values()) - p for token, p in d.items()} for d in steps])
