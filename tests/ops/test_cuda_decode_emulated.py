@@ -142,6 +142,8 @@ CASES = {
     "group 8": Case(lengths=(600,), group=8, rope_block=64, kv_heads=1),
     "4 bits": Case(plan="d128_b130", lengths=(600,), kv_heads=1),
     "head_dim 64": Case(plan="d64_b42", lengths=(600,), kv_heads=1),
+    "8-bit plane, 7 fields": Case(plan="d128_b130a", lengths=(333, 97), kv_heads=1),
+    "two key groups": Case(plan="d64_b34a", lengths=(333, 97), kv_heads=1),
 }
 
 
