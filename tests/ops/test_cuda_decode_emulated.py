@@ -19,7 +19,8 @@ from tests.ops.cuda_decode_cases import Case, decode_step
 from tests.ops.test_cuda_emulated import cuda_headers
 from vllm_kqsvd.ops import reference
 from vllm_kqsvd.ops.cuda_decode_constants import build_constants, rope_words
-from vllm_kqsvd.plan_catalog import Instance
+from vllm_kqsvd.plan import LayerPlan
+from vllm_kqsvd.plan_catalog import PLANS, Instance, side
 
 ROOT = Path(__file__).parents[2]
 NUM_CTAS = 3  # stands for the GPU's multiprocessors
@@ -153,3 +154,19 @@ def test_decode_equals_the_reference(library, name: str) -> None:
     error, worst_row = run_emulated(case, library)
     assert error < (2e-3 if case.dtype == torch.bfloat16 else 5e-4)
     assert worst_row < (4e-3 if case.dtype == torch.bfloat16 else 1e-3)
+
+
+def test_head_dim_96(library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of this width is in the catalogue yet; the kernel is ready for one."""
+    plan = LayerPlan(side((4, "01"), (2, "2345")), side((2, "0123"), (2, "45"), (1, "0123")))
+    monkeypatch.setitem(PLANS, "d96_b66", (96, plan))
+    error, worst_row = run_emulated(Case(plan="d96_b66", lengths=(700, 20), dtype=torch.float16, kv_heads=1), library)
+    assert error < 5e-4
+    assert worst_row < 1e-3
+
+
+@pytest.mark.parametrize("plan", ["d128_b82a", "d128_b66b", "d64_b34a"])
+def test_plans_with_planes_of_one_bit(library, plan: str) -> None:
+    error, worst_row = run_emulated(Case(plan=plan, lengths=(400,), dtype=torch.float16, kv_heads=1), library)
+    assert error < 5e-4
+    assert worst_row < 1e-3
