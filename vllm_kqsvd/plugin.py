@@ -11,7 +11,8 @@ import logging
 from vllm_kqsvd.status import open_session
 
 BACKEND = "vllm_kqsvd.attention.backend.KQSVDBackend"
-CPU_DISPATCH = "vllm_kqsvd.cpu_dispatch.Backend"
+CPU_DISPATCH = "vllm_kqsvd.cpu_dispatch"
+CPU_BACKENDS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 
 logger = logging.getLogger("vllm.kqsvd")
 
@@ -33,6 +34,8 @@ def register() -> None:
     open_session()
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if current_platform.is_cpu():
-        # The CPU platform ignores the selected backend and resolves CPU_ATTN, which may be overridden;
+        # The CPU platform ignores the selected backend and resolves one of these, which may be overridden;
         # the override hands vLLM's own backend back unless CUSTOM was asked for.
-        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_DISPATCH)
+        for name in CPU_BACKENDS:
+            if name in AttentionBackendEnum.__members__:
+                register_backend(AttentionBackendEnum[name], f"{CPU_DISPATCH}.{name}")

@@ -118,18 +118,17 @@ def write_projection(
     bits: int = 8,
     rope_mode: str = "page",
     layers: int | list[int] = LAYERS,
-    head_dim: int = HEAD_DIM,
 ) -> Path:
     """A projection folder for `model` with `bits` bits in every channel of these layers."""
     from transformers import AutoConfig
 
-    groups = side_plan(*[bits] * (head_dim // 16))
-    block = {"page": 32, "pre": 1}.get(rope_mode, 0)
     fingerprint = ModelFingerprint.from_hf(model)
+    groups = side_plan(*[bits] * (fingerprint.head_dim // 16))
+    block = {"page": 32, "pre": 1}.get(rope_mode, 0)
     rope_of = rope_settings(AutoConfig.from_pretrained(model))[1]
     entries = {}
     for i in range(layers) if isinstance(layers, int) else layers:
-        codec = random_codec(LayerPlan(groups, groups), KV_HEADS, head_dim, block, seed=i)
+        codec = random_codec(LayerPlan(groups, groups), fingerprint.num_kv_heads, fingerprint.head_dim, block, seed=i)
         rope = rope_of[i] or 0
         codec = replace(codec, k=_faithful(codec.k), v=_faithful(codec.v), rope=fingerprint.rope[rope].spec())
         position = 2048 if rope_mode == "post" else None

@@ -15,7 +15,12 @@ from tests.attention.runs import Run, assert_agree, generate, prompt_of
 
 LOSS = 0.15
 PROMPT, LONG = prompt_of(30, seed=3), prompt_of(200, seed=9)
-OPTIONS = {"enable_lora": True, "max_lora_rank": 8, "scheduling_policy": "priority", "max_num_seqs": 8}
+OPTIONS: dict[str, Any] = {
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "scheduling_policy": "priority",
+    "max_num_seqs": 8,
+}
 
 
 def adapted(llm: Any, adapter: Path) -> list[Run]:

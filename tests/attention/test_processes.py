@@ -30,10 +30,10 @@ if __name__ == "__main__":
 """
 
 
-def tokens_of(folder: Path, options: dict[str, object], **env: str) -> list[list[int]]:
-    """Greedy tokens of an engine in a process of its own."""
+def tokens_of(folder: Path, options: dict[str, object], before: str = "", **env: str) -> list[list[int]]:
+    """Greedy tokens of an engine in a process of its own; `before` runs in it once, first."""
     script = folder / "run.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("def main():", f"BEFORE = {before!r}\n\ndef main():\n    exec(BEFORE, {{}})"))
     root = str(Path(__file__).parents[2])
     command = [sys.executable, str(script), str(folder / "model"), str(folder / "p8"), json.dumps(options)]
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -15,6 +15,7 @@ from tests.attention.conftest import engine  # noqa: E402
 from tests.attention.models import write_model, write_projection  # noqa: E402
 from vllm_kqsvd.attention import refusals  # noqa: E402
 from vllm_kqsvd.attention.backend import BLOCK_SIZE, KQSVDBackend, KQSVDWindowBackend, backend_for  # noqa: E402
+from vllm_kqsvd.errors import UnsupportedError  # noqa: E402
 
 LAYER: dict[str, Any] = {
     "head_size": 64, "num_heads": 4, "num_kv_heads": 2, "kv_cache_dtype": "auto", "attn_type": "decoder",
@@ -62,7 +63,10 @@ def engine_config(**change: Any) -> Any:
         ({"decode_context_parallel_size": 2}, "set it to 1"),
         ({"prefill_context_parallel_size": 2}, "set it to 1"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "remove --kv-transfer-config"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")}, "remove --kv-transfer-config"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")}, "remove --kv-transfer-config"),
         ({"disable_hybrid_kv_cache_manager": True}, "remove the option"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "use method 'ngram'"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "use method 'ngram'"),
     ],
 )
@@ -76,6 +80,23 @@ def test_more_drafts_than_the_kernels_verify() -> None:
     assert refusals.draft_refusal(ops, 7) is None
     assert "verify at most 7" in (refusals.draft_refusal(ops, 8) or "")
     assert refusals.draft_refusal(SimpleNamespace(needs_host_lengths=False), 20) is None  # type: ignore[arg-type]
+
+
+def test_latent_attention_does_not_slip_by_on_the_cpu() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_kqsvd.plugin import register
+
+    register()
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        assert AttentionBackendEnum.CPU_MLA.get_class().get_name() == "CPU_MLA"
+        assert AttentionBackendEnum.CPU_ATTN.get_class().get_name() == "CPU_ATTN"
+        config.attention_config.backend = AttentionBackendEnum.CUSTOM
+        assert AttentionBackendEnum.CPU_ATTN.get_class() is KQSVDBackend
+        with pytest.raises(UnsupportedError, match="latent already"):
+            AttentionBackendEnum.CPU_MLA.get_class()
 
 
 def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +142,8 @@ def test_preferred_block_size() -> None:
         ({"disable_hybrid_kv_cache_manager": True}, "remove the option"),
         ({"block_size": 32}, "--block-size 32 asked for"),
         ({"num_gpu_blocks_override": 9}, "there are 9"),
+        ({"kv_cache_dtype": "fp8"}, "set --kv-cache-dtype bfloat16"),
+        ({"kv_offloading_size": 1.0}, "remove --kv-transfer-config"),
     ],
 )
 def test_an_engine_does_not_start(tiny: Path, options: dict[str, Any], said: str) -> None:

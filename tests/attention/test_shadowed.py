@@ -60,5 +60,5 @@ def test_verify_batches_agree_with_the_reference(tiny: Path, kernels: str) -> No
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_wide_heads(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", head_dim=128)
-    write_projection(tmp_path / "p4", model, 4, head_dim=128)
+    write_projection(tmp_path / "p4", model, 4)
     check(watched(tmp_path, "bfloat16", "cuda"), "bfloat16", "decode", "prompt", "whole prompt")

@@ -189,7 +189,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         use_flash_attention(self._ops)
         self._ops.reserve(config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
         if self.config.self_test:
-            self.self_test_error = check_layer(self._ops, codec, self.device, self.name)
+            self.self_test_error = check_layer(self._ops, codec, self.device, self.name, config.num_speculative_tokens)
         self.window_spec = window.WindowSpec(
             block_size=size,
             num_kv_heads=self.num_kv_heads,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KV_DTYPES = ("auto", "bfloat16", "float16")
 SAFE_SPECULATORS = ("ngram", "[ngram]", "ngram_gpu", "suffix")
 LEAVE_OUT = "or serve without --attention-backend CUSTOM"
+MLA = "a model with multi-head latent attention found; its cache is latent already; serve it without CUSTOM"
 
 
 def layer_refusal(
@@ -62,7 +63,7 @@ def engine_refusal(config: VllmConfig) -> str | None:
     parallel, scheduler, model = config.parallel_config, config.scheduler_config, config.model_config
     speculative = config.speculative_config
     if model.use_mla:
-        return f"a model with multi-head latent attention found; its cache is latent already; {LEAVE_OUT}"
+        return MLA
     if model.is_encoder_decoder:
         return f"an encoder-decoder model found; only decoders are supported; {LEAVE_OUT}"
     if parallel.decode_context_parallel_size > 1:
@@ -75,7 +76,7 @@ def engine_refusal(config: VllmConfig) -> str | None:
     if not connector_allowed(config):
         return (
             "a KV connector asked for; connectors do not compare projections, so two nodes could exchange pages "
-            "that neither can read; remove --kv-transfer-config"
+            "that neither can read; remove --kv-transfer-config and --kv-offloading-size"
         )
     if scheduler.disable_hybrid_kv_cache_manager:
         return (

@@ -12,6 +12,7 @@ from vllm_kqsvd.errors import KernelError
 from vllm_kqsvd.ops.eager import ReferenceOps
 from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
 
+CHUNK = 9  # rows of the second prompt chunk
 PEAKEDNESS = 2.0  # standard deviation of the logits
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.15}  # relative; faults cause 0.5 and more
 
@@ -30,20 +31,24 @@ def _rows(
     return [x.to(device, shape.dtype) for x in noise]
 
 
-def _step(tokens: int, total: int, table: torch.Tensor, window: torch.Tensor) -> Step:
+def _step(tokens: int, total: int, decoded: bool, table: torch.Tensor, window: torch.Tensor) -> Step:
     """One request of `total` positions whose last `tokens` are this step's."""
     device = table.device
     start = torch.tensor([0, tokens], dtype=torch.int32)
     length = torch.tensor([total], dtype=torch.int32)
-    decodes = int(tokens == 1)
+    decodes = int(decoded)
     return Step(
-        tokens, 1, decodes, decodes, 1, total, start.to(device), start, length.to(device), length,
+        tokens, 1, decodes, decodes * tokens, tokens if decoded else 1, total,
+        start.to(device), start, length.to(device), length,
         table, window, torch.arange(total - tokens, total, device=device),
     )  # fmt: skip
 
 
-def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, device: torch.device) -> torch.Tensor:
-    """Outputs of the second prompt chunk's last row and of one decoded token (both see latents and the window)."""
+def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, drafts: int, device: torch.device) -> torch.Tensor:
+    """Last rows of a second prompt chunk, of one decoded token and, with drafts, of a batch that verifies them.
+
+    All see latents and the window.
+    """
     shape, codec = ops.shape, ops.codec
     total = rows[0].shape[0]
     blocks = 2 + total // shape.block_size
@@ -56,33 +61,37 @@ def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, device: torch.dev
     table = torch.arange(1, blocks, dtype=torch.int32, device=device)[None]
     window = torch.arange(1, count, dtype=torch.int32, device=device)[None]
     outputs, at = [], 0
-    for end in (prompt, total - 1, total):
+    steps = [(prompt, False), (prompt + CHUNK, False), (prompt + CHUNK + 1, True)]
+    for end, decoded in [*steps, (total, drafts < ops.max_decode_len)][: 3 + (drafts > 0)]:
         query, key, value = (x[at:end] for x in rows)
-        step = _step(end - at, end, table, window)
+        step = _step(end - at, end, decoded, table, window)
         step = replace(step, plan=ops.plan_step(step))
         slots = step.positions + shape.block_size
         ops.store(key, value, pages, exact, slots, step.positions + size, step.positions)
         if at:  # the first chunk only fills the caches
             out = torch.empty_like(query)
             ops.attend(query, key, value, pages, exact, step, out)
-            outputs.append(out[-1].float())
+            outputs += [out[0].float(), out[-1].float()]
         at = end
     return torch.stack(outputs).cpu()
 
 
-def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: str) -> float:
-    """Relative difference from the reference. Raises KernelError, naming the layer, if it is large or NaN."""
+def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: str, drafts: int = 0) -> float:
+    """Relative difference from the reference. Raises KernelError, naming the layer, if it is large or NaN.
+
+    drafts: speculative tokens that the engine verifies at once.
+    """
     if isinstance(ops, ReferenceOps) and type(ops) is ReferenceOps:
         return 0.0
     shape = ops.shape
     prompt = shape.window + 24
     gen = torch.Generator().manual_seed(0)
-    rows = _rows(codec, prompt + 10, shape, device, gen)
+    rows = _rows(codec, prompt + CHUNK + 1 + (1 + drafts if drafts else 0), shape, device, gen)
     try:
-        got = _run(ops, rows, prompt, device)
+        got = _run(ops, rows, prompt, drafts, device)
     except (RuntimeError, ValueError) as e:
         raise KernelError(f"layer {name!r}: kernels {ops.name!r} failed the start-up self-test: {e}") from e
-    want = _run(ReferenceOps(codec.to(device), shape), rows, prompt, device)
+    want = _run(ReferenceOps(codec.to(device), shape), rows, prompt, drafts, device)
     error = float((got - want).norm() / want.norm().clamp_min(1e-6))
     if not error <= TOLERANCE[shape.dtype]:
         raise KernelError(
