@@ -26,8 +26,8 @@ MATRIX = tuple(f"{b}x{c}" for c in ("1k", "4k", "8k", "32k", "128k") for b in (1
 BASELINES = "fa3_bf16,fa3_fp8,triton_attn,vllm_int4,turboquant_4bit_nc,turboquant_3bit_nc,xformers_int4,copy"
 OURS = "d128_b82,d128_b130,d128_b66,triton_d128_b82"
 ARMS: dict[str, Arm] = PEERS | LATENTS
-# L2 is 50 MB; layers cycle through at least this much. They are four where that fits: the schedule is a step's cost, not
-# a layer's, and one layer alone overlaps with nothing (2.56 bits, 64 x 8k: 230 us alone, 217 us in a pair).
+# L2 is 50 MB; layers cycle through at least this much. They are four where that fits: the schedule is a step's cost and
+# not a layer's, and one layer alone overlaps with nothing.
 CACHE_BYTES = 300e6
 MEMORY_SHARE = 0.7  # of the free memory that an arm's caches may take: filling them takes some more
 
