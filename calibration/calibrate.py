@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoTokenizer
@@ -57,6 +58,13 @@ class CalibrateOptions:
             raise CalibrationError(f"basis {self.basis!r} asked for; choose one of {', '.join(BASES)}")
         if self.rope_mode not in ROPE_MODES:
             raise CalibrationError(f"rope mode {self.rope_mode!r} asked for; choose one of {', '.join(ROPE_MODES)}")
+
+
+class Described(Protocol):
+    """Text that can say which files it is."""
+
+    def describe(self) -> list[dict[str, object]]:
+        """Name, size and digest of every file."""
 
 
 def bits_of_ratio(ratio: float, head_dim: int) -> float:
@@ -179,7 +187,7 @@ def project(
     model_dir: str | Path,
     layers: list[LayerInfo],
     statistics: Statistics,
-    corpus: Corpus,
+    corpus: Described,
     options: CalibrateOptions,
     device: str = "cpu",
 ) -> Projection:
@@ -221,7 +229,7 @@ def project(
 
 
 def describe(
-    corpus: Corpus, statistics: Statistics, options: CalibrateOptions, total_bytes: int, head_dim: int
+    corpus: Described, statistics: Statistics, options: CalibrateOptions, total_bytes: int, head_dim: int
 ) -> dict[str, object]:
     """The `calibration` entry of the file: what it was made from and with."""
     collect = options.collect
@@ -295,6 +303,15 @@ def _longest_position(model_dir: str | Path) -> int:
     from transformers import AutoConfig
 
     return int(getattr(AutoConfig.from_pretrained(str(model_dir)).get_text_config(), "max_position_embeddings", 8192))
+
+
+def keep_statistics(output: str | Path, path: Path) -> None:
+    """Move the statistics of a finished calibration to `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(partial_folder(Path(output)) / STATISTICS_FILE, path)
+    except OSError as e:
+        raise CalibrationError(f"cannot write the statistics to {path}: {e}; the projection itself is complete") from e
 
 
 def remove_partial(output: str | Path) -> None:

@@ -8,9 +8,17 @@ import time
 from pathlib import Path
 
 from vllm_kqsvd.calibration.basis import BASES
-from vllm_kqsvd.calibration.calibrate import PRESETS, CalibrateOptions, bits_of_ratio, calibrate, remove_partial
+from vllm_kqsvd.calibration.calibrate import (
+    PRESETS,
+    CalibrateOptions,
+    bits_of_ratio,
+    calibrate,
+    keep_statistics,
+    remove_partial,
+)
 from vllm_kqsvd.calibration.collect import CollectOptions
 from vllm_kqsvd.calibration.frames import ROPE_MODES
+from vllm_kqsvd.calibration.reuse import solve_again
 from vllm_kqsvd.calibration.solve import PLAN_CHOICES
 from vllm_kqsvd.errors import CalibrationError, ConfigError
 from vllm_kqsvd.plan_catalog import compiled_plans
@@ -22,7 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults, collect = CalibrateOptions(), CollectOptions()
     parser.add_argument("model", type=Path, help="Hugging Face model folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="projection folder to write")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="text: .txt, .md or .jsonl")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="text: .txt, .md or .jsonl")
+    text.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="instead of text: what another run wrote with --keep-statistics, for other bits, basis or rope mode",
+    )
+    parser.add_argument("--keep-statistics", type=Path, metavar="FILE", help="write the moments for later runs")
     budget = parser.add_mutually_exclusive_group()
     presets = ", ".join(f"{name} {bits:g}" for name, bits in PRESETS.items())
     budget.add_argument(
@@ -135,16 +151,21 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"{args.model} is not a Hugging Face model folder (no config.json)")
     _check_output(args.output)
     began = time.monotonic()
-    projection = calibrate(
-        args.model,
-        args.data,
-        options_from(args),
-        output=args.output,
-        resume=args.resume,
-        device=args.device,
-        workers=args.workers,
-    )
+    if args.statistics:
+        projection = solve_again(args.model, args.statistics, options_from(args), args.device)
+    else:
+        projection = calibrate(
+            args.model,
+            args.data,
+            options_from(args),
+            output=args.output,
+            resume=args.resume,
+            device=args.device,
+            workers=args.workers,
+        )
     digest = save_projection(projection, args.output)
+    if args.keep_statistics and not args.statistics:
+        keep_statistics(args.output, args.keep_statistics)
     remove_partial(args.output)
     print(summary(projection, args.output, digest, time.monotonic() - began))
     return 0

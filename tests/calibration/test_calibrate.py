@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.calibration.conftest import make_model
 from vllm_kqsvd.calibration import cli
 from vllm_kqsvd.calibration.basis import BASES
 from vllm_kqsvd.calibration.calibrate import (
@@ -25,11 +26,12 @@ from vllm_kqsvd.calibration.capture import AttentionCall, load_model, observe
 from vllm_kqsvd.calibration.collect import CollectOptions, Collector, before_rope
 from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.model_probe import LayerInfo, probe
+from vllm_kqsvd.calibration.reuse import solve_again
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.errors import CalibrationError, ConfigError
 from vllm_kqsvd.ops.reference import decode, encode
 from vllm_kqsvd.ops.rope_block import rotate
-from vllm_kqsvd.projection import load_projection, save_projection
+from vllm_kqsvd.projection import Projection, load_projection, save_projection
 
 SMALL = CollectOptions(
     num_windows=5, window_length=192, gradient_windows=2, gradient_length=160, samples=600, window=32
@@ -69,6 +71,26 @@ def test_keys_survive_the_coder(llama: Path, text_file: Path) -> None:
         for y, side in ((x, layer.codec.k), (call.v.transpose(0, 1), layer.codec.v)):
             error = decode(*encode(y, at, side), at, side) - y
             assert error.norm() < 0.4 * y.norm()  # 3 bits of white noise
+
+
+def test_kept_statistics_serve_other_budgets(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    def run(output: str, *arguments: str) -> Projection:
+        parser = argparse.ArgumentParser()
+        cli.add_arguments(parser)
+        sizes = "--num-windows 5 --window-length 192 --gradient-windows 2 --gradient-length 160 --samples 600".split()
+        cli.run(parser.parse_args([str(llama), "--output", str(tmp_path / output), *sizes, *arguments]))
+        return load_projection(tmp_path / output)
+
+    kept = tmp_path / "moments.safetensors"
+    first = run("four", "--bits", "4", "--data", str(text_file), "--keep-statistics", str(kept))
+    same, fewer = (run(f"cut{b}", "--bits", b, "--statistics", str(kept)) for b in ("4", "3"))
+    assert torch.equal(first.layers[0].codec.k.encode, same.layers[0].codec.k.encode)
+    assert first.calibration == same.calibration
+    assert fewer.calibration["bits"] == 3.0
+    assert not list(tmp_path.glob(".*partial*"))
+    other = make_model(tmp_path / "other", "llama", heads=2, kv_heads=1)
+    with pytest.raises(CalibrationError, match="another model"):
+        solve_again(other, kept, OPTIONS)
 
 
 def tokenizer_of(folder: Path) -> Any:
