@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 from tests.attention.conftest import engine, quiet_cpu  # noqa: E402, F401 (fixture)
 from tests.attention.models import write_model, write_projection  # noqa: E402
 from vllm_kqsvd.attention import binding  # noqa: E402
+from vllm_kqsvd.codec import LayerCodec  # noqa: E402
 from vllm_kqsvd.errors import ProjectionFileError  # noqa: E402
 
 
@@ -30,20 +31,19 @@ class Group:
 def test_layers_of_two_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "model")
     write_projection(tmp_path / "p", model, 8)
-    bind = binding.entry_for
-    seen = []
+    bind = binding.shard
+    bound = []
 
-    def replace_after_the_first(projection: object, name: str) -> object:
-        if not seen:
-            write_projection(tmp_path / "p", model, 4)
-        seen.append(name)
-        return bind(projection, name)  # type: ignore[arg-type]
+    def replace_after_the_first(codec: LayerCodec, num_kv_heads: int, rank: int, world: int, name: str) -> LayerCodec:
+        write_projection(tmp_path / "p", model, 4)
+        bound.append(name)
+        return bind(codec, num_kv_heads, rank, world, name)
 
-    monkeypatch.setattr(binding, "entry_for", replace_after_the_first)
+    monkeypatch.setattr(binding, "shard", replace_after_the_first)
     with pytest.raises(Exception) as error, engine(model, tmp_path / "p"):
         pass
     assert "the folder was replaced" in str(error.getrepr(style="long"))
-    assert len(seen) == 2
+    assert len(bound) == 1
 
 
 def test_ranks_of_two_versions_are_refused() -> None:
