@@ -6,6 +6,10 @@
 KQ-SVD (arXiv 2512.05916): truncated keys and values at equal rank, KQ-SVD against K-SVD and Eigen; keys scaled up by
 alpha and queries down. SVDq (arXiv 2502.15304): keys at 2.25 and 1.25 bits in the axes of the prompt's own SVD against
 per-channel quantization at the same bits, and this project's coder at fewer. Rows go to benchmarks/results/papers.csv.
+
+To read beside the SVDq rows: its bits are those of the codes alone. Its basis and ranges belong to one text, and at n
+tokens of head_dim d take 16 (d + 2) / n further bits per element (1.4 at 764 tokens of 64 channels); ours come once per
+model, are fitted on other text than the one measured, for the metric of the whole model, and count their scale bytes.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def solve(
 ) -> list[SolvedLayer]:
     """Coders of all layers, each `total_bytes` of planes per token and KV head."""
     inputs = list(zip(layers, statistics, frames, strict=True))
-    solvers = list(in_order(lambda x: LayerSolver(*x, options), inputs, options.device))
+    solvers = list(in_order(lambda x: LayerSolver(x[0], x[1], x[2], options), inputs, options.device))
     among = plans_to_choose_from(options.plans, layers[0].head_dim, {f.rope_block for f in frames}, total_bytes)
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     plans = allocate(tables, total_bytes, options.max_plans, among)
