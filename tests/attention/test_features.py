@@ -69,9 +69,9 @@ def test_several_samples(llm: Any) -> None:
     same = llm.generate([{"prompt_token_ids": LONG}], sampling, use_tqdm=False)[0]
     for i in range(3):  # chunks and prefix hits end elsewhere, and with them the exact window
         assert_agree(greedy, Run.of(same, i), LOSS)
-    sampling = SamplingParams(n=3, temperature=1, seed=7, max_tokens=8, ignore_eos=True, logprobs=1)
+    sampling = SamplingParams(n=3, temperature=2, max_tokens=8, ignore_eos=True, logprobs=1)
     varied = llm.generate([{"prompt_token_ids": LONG}], sampling, use_tqdm=False)[0].outputs
-    assert len({tuple(o.token_ids) for o in varied}) == 3
+    assert len({tuple(o.token_ids) for o in varied}) == 3  # no seed: vLLM takes none on CPUs
     assert all(-100 < o.cumulative_logprob < 0 for o in varied)
 
 
