@@ -71,8 +71,8 @@ class ModelFingerprint:
         try:
             # Code that comes with a model is never run, and nobody is asked whether it should be.
             fingerprint = cls.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        except KQSVDError:
-            raise
+        except KQSVDError as e:
+            raise type(e)(printable(str(e))[:600]) from e
         except Exception as e:  # transformers' own, and whatever wrong types raise in it
             reason = printable(str(e))[:300] or type(e).__name__
             raise ProjectionFileError(f"cannot read {folder / 'config.json'} ({reason}); give a model folder") from e

@@ -154,7 +154,7 @@ def _setting(config: Any, params: dict[str, Any], layer_type: str | None) -> Rop
         kind = "default"
     if kind not in ROPE_TYPES:
         raise UnsupportedError(
-            f"RoPE type {kind!r} is not supported: its frequencies depend on the sequence length or are "
+            f"RoPE type {repr(kind)[:40]} is not supported: its frequencies depend on the sequence length or are "
             f"unknown here; supported are {', '.join(ROPE_TYPES[1:])}. Set `rope_parameters` in the "
             "model's config to one of these (yarn has the same purpose)"
         )

@@ -63,7 +63,7 @@ print(json.dumps({"killed": killed, "with_statistics": stages, "seconds": second
 
 def test_killed_at_random_points_the_result_is_the_same(text_of_words: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama")
-    kills = sized(4, 80)
+    kills = sized(4, 40)
     answer = json.loads(
         child(SCRIPT, model, text_of_words, tmp_path, kills, *OPTIONS, seconds=3600 if LONG else 300).splitlines()[-1]
     )

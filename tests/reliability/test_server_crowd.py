@@ -152,7 +152,8 @@ def test_a_crowd_gets_its_own_answers(server: Server, known: list[tuple[list[int
     results = asyncio.run(crowd_and_replace(server, known, folder))
     seconds = time.monotonic() - began
     print(
-        f"{REQUESTS} requests and {STREAMS} streams in {seconds:.0f} s, {REQUESTS / seconds:.1f} requests/s; {results}"
+        f"{REQUESTS} requests and {STREAMS} streams in {seconds:.0f} s, {REQUESTS / seconds:.1f} requests/s; "
+        f"{results}; furthest turn {max(turned, default=0.0):.4f}"
     )
     good = {f"{kind} {how}" for kind in ("request", "stream", "left") for how in ("same", "near")}
     assert set(results) <= good, results
