@@ -257,3 +257,23 @@ def test_command_refuses_nonsense(llama: Path, text_file: Path, tmp_path: Path) 
         cli.run(arguments(str(llama), *base, "--ratio", "fast"))
     with pytest.raises(CalibrationError, match="does not exist"):
         calibrate(llama, [tmp_path / "none.txt"], OPTIONS)
+
+
+@pytest.mark.parametrize("factor", [5.0, 40.0])
+def test_tokens_far_out_of_the_calibrated_range_are_not_clipped(
+    llama: Path, collected: Collected, factor: float
+) -> None:
+    statistics, layers, corpus = collected
+    codec = project(llama, layers, statistics, corpus, OPTIONS).layers[1].codec
+    at = torch.arange(64) % 32
+    for name, side in (("k", codec.k), ("v", codec.v)):
+        basis = side.mean_basis[at] if name == "k" else side.mean_basis.expand(64, -1)
+        mean = torch.einsum("nm,hmd->nhd", basis, side.mean)
+        x = statistics.layers[1].tokens(name)[:64]
+        x = rotate(x, at, codec.rope) if name == "k" else x
+        spike = mean + torch.zeros_like(x)  # everything in the strongest latent channel, which has the most bits
+        spike += factor * 3 * side.decode[:, 0] / side.scale_weight[:, :1].sqrt().clamp_min(1e-6)
+        for token, bound in ((mean + factor * (x - mean), 0.75), (spike, 0.6)):
+            back = decode(*encode(token, at, side), at, side)
+            error = (back - token).norm(dim=-1) / (token - mean).norm(dim=-1).clamp_min(1e-6)
+            assert float(error.max()) < bound, (name, float(error.max()))
