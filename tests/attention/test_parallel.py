@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several workers answer as one: tensor parallel 3, more ranks than KV heads under ray."""
+"""Several workers answer as one: tensor parallel 3, more ranks than KV heads under ray, pipeline stages."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ def test_more_ranks_than_kv_heads_under_ray(tmp_path: Path) -> None:
     options = {**EAGER, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     assert tokens_of(tmp_path, options, before=RAY, **env) == alone
+
+
+def test_two_pipeline_stages(tmp_path: Path) -> None:
+    """Traced by torch.compile, not compiled: without it vLLM's CPU worker makes no buffers between stages."""
+    alone = prepared(tmp_path)
+    options = {
+        "skip_tokenizer_init": True, "pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}
+    }  # fmt: skip
+    assert tokens_of(tmp_path, options, **SPAWN, VLLM_CPU_OMP_THREADS_BIND="0|1") == alone
