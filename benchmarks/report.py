@@ -20,6 +20,7 @@ from benchmarks.report_tables import PROVENANCE, RESULTS, Row, newest, number, p
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
 SHOWN = {"decode_attention", "fidelity", "serving", "store_latent"}
+LONGEST = 40  # rows of a table on the page
 HEADER = """# Results
 
 Made by `python -m benchmarks.report` from the CSV files under [benchmarks/results](../benchmarks/results);
@@ -186,14 +187,18 @@ def store_section() -> str:
 
 
 def other_sections() -> str:
-    """Every further CSV as it is."""
+    """Every further CSV as it is; a long one as a link, and with the plots that carry its name."""
     parts = []
     for path in sorted(RESULTS.glob("*.csv")):
         rows = read(path.stem) if path.stem not in SHOWN else []
-        if rows:
-            head = [k for k in rows[0] if k not in PROVENANCE]
-            lines = [[str(r[k] or "") for k in head] for r in rows]
-            parts += [f"## {path.stem.replace('_', ' ').capitalize()}", table(head, lines), provenance(rows)]
+        if not rows:
+            continue
+        head = [k for k in rows[0] if k not in PROVENANCE]
+        lines = [[str(r[k] or "") for k in head] for r in rows]
+        where = f"{len(rows)} rows in [{path.name}](../benchmarks/results/{path.name}): {', '.join(head)}."
+        plots = [image(p.stem, path.stem) for p in sorted(IMAGES.glob(f"{path.stem}_*.png"))]
+        body = table(head, lines) if len(rows) <= LONGEST else where
+        parts += [f"## {path.stem.replace('_', ' ').capitalize()}", *plots, body, provenance(rows)]
     return "\n\n".join(parts)
 
 
