@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.helpers import random_codec, side_plan
-from vllm_kqsvd.attention.selftest import check_layer
+from vllm_kqsvd.attention.selftest import MOST, TOLERANCE, check_layer
 from vllm_kqsvd.errors import KernelError
 from vllm_kqsvd.ops import LayerOps, LayerShape, make_layer_ops
 from vllm_kqsvd.plan import LayerPlan
@@ -24,6 +26,22 @@ def made() -> LayerOps:
 def test_good_kernels_pass() -> None:
     assert check_layer(made(), CODEC, CPU, "model.layers.0") < 0.02
     assert 0 < check_layer(made(), CODEC, CPU, "model.layers.0", drafts=3) < 0.02
+
+
+def test_a_huge_key_mean_is_no_fault() -> None:
+    gen = torch.Generator().manual_seed(0)
+    mean = 600 * torch.randn(CODEC.k.mean.shape, generator=gen)
+    k = replace(
+        CODEC.k, mean=mean, sink=mean, mean_basis=1 + 0.01 * torch.randn(CODEC.k.mean_basis.shape, generator=gen)
+    )
+    codec, shape = replace(CODEC, k=k), LayerShape(4, 2, 64, 128, 32, 0.125, torch.float16, 64)
+    tables = {n: getattr(k, n).half().float() for n in ("decode", "mean", "mean_basis", "sink")}
+    ops = make_layer_ops(replace(codec, k=replace(k, **tables)), shape, CPU, "cpu")
+    assert TOLERANCE[torch.float16] < check_layer(ops, codec, CPU, "model.layers.0") < MOST
+    attend = ops.attend
+    ops.attend = lambda q, k, v, pages, window, *rest: attend(q, k, v, pages.flip(0), window, *rest)  # type: ignore[method-assign]
+    with pytest.raises(KernelError, match="'model.layers.7'"):
+        check_layer(ops, codec, CPU, "model.layers.7")
 
 
 @pytest.mark.parametrize("fault", ["stale", "nan", "crash", "window"])

@@ -15,6 +15,7 @@ from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
 CHUNK = 9  # rows of the second prompt chunk
 PEAKEDNESS = 2.0  # standard deviation of the logits
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.15}  # relative; faults cause 0.5 and more
+MOST = 0.4  # whatever rounding does to a layer
 
 
 def _rows(
@@ -76,6 +77,16 @@ def _run(ops: LayerOps, rows: list[torch.Tensor], prompt: int, drafts: int, devi
     return torch.stack(outputs).cpu()
 
 
+def _rounding(codec: LayerCodec, shape: LayerShape, rows: list[torch.Tensor], want: torch.Tensor, run: tuple) -> float:
+    """What half-precision tables alone do to the reference.
+
+    Much, where a key mean dwarfs the rest of the key: random queries then have logits in the thousands.
+    """
+    tables = {n: getattr(codec.k, n).half().float() for n in ("decode", "mean", "mean_basis", "sink")}
+    rounded = replace(codec, k=replace(codec.k, **tables))
+    return float((_run(ReferenceOps(rounded, shape), rows, *run) - want).norm() / want.norm().clamp_min(1e-6))
+
+
 def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: str, drafts: int = 0) -> float:
     """Relative difference from the reference. Raises KernelError, naming the layer, if it is large or NaN.
 
@@ -91,9 +102,12 @@ def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: st
         got = _run(ops, rows, prompt, drafts, device)
     except (RuntimeError, ValueError) as e:
         raise KernelError(f"layer {name!r}: kernels {ops.name!r} failed the start-up self-test: {e}") from e
-    want = _run(ReferenceOps(codec.to(device), shape), rows, prompt, drafts, device)
-    error = float((got - want).norm() / want.norm().clamp_min(1e-6))
-    if not error <= TOLERANCE[shape.dtype]:
+    codec, run = codec.to(device), (prompt, drafts, device)
+    want = _run(ReferenceOps(codec, shape), rows, *run)
+    error, allowed = float((got - want).norm() / want.norm().clamp_min(1e-6)), TOLERANCE[shape.dtype]
+    if error > allowed:  # seldom, so that start-up does not pay for it
+        allowed = min(MOST, max(allowed, 2 * _rounding(codec, shape, rows, want, run)))
+    if not error <= allowed:
         raise KernelError(
             f"layer {name!r}: kernels {ops.name!r} differ from the reference by {error:.3g} (relative) in the start-up "
             "self-test; set kqsvd.implementation to another one, and report this"
