@@ -17,7 +17,7 @@ from vllm_kqsvd.attention.metadata import KQSVDMetadataBuilder, WindowMetadata  
 def builder_with(threshold: int = 1, planned: list | None = None) -> KQSVDMetadataBuilder:
     """A builder without an engine around it."""
     made = object.__new__(KQSVDMetadataBuilder)
-    made.reorder_batch_threshold = threshold
+    made.reorder_batch_threshold, made._nan_guard = threshold, None
     made._positions = torch.zeros(64, dtype=torch.int64)
     made._ops = SimpleNamespace(plan_step=lambda step: None if planned is None else planned.append(step) or "plan")
     return made
