@@ -82,10 +82,13 @@ def test_rope_scaling_is_read_from_the_model(tmp_path: Path) -> None:
     assert not torch.allclose(layers[0].rope.inv_freq, plain, rtol=1e-3)
 
 
-def test_many_query_heads_per_kv_head_get_longer_blocks(tmp_path: Path, text_file: Path) -> None:
-    folder = make_model(tmp_path / "m", "llama", heads=6, kv_heads=1)
+@pytest.mark.parametrize(("head_dim", "block"), [(32, 32), (80, 64)])
+def test_many_wide_query_heads_per_kv_head_get_longer_blocks(
+    tmp_path: Path, text_file: Path, head_dim: int, block: int
+) -> None:
+    folder = make_model(tmp_path / "m", "llama", heads=6, kv_heads=1, head_dim=head_dim)
     projection = calibrate(folder, [text_file], CalibrateOptions(collect=SMALL))
-    assert {e.rope_block for e in projection.layers.values()} == {64}
+    assert {e.rope_block for e in projection.layers.values()} == {block}
 
 
 def test_what_has_no_fixed_rotation_is_refused(tmp_path: Path, text_file: Path) -> None:
