@@ -50,7 +50,14 @@ seconds = time.monotonic() - began
 killed = stages = 0
 for n in range(int(kills)):
     pid = fork(top + "/cut", "--resume")
-    time.sleep(rng.uniform(0, seconds if n % 2 else seconds / 2))
+    if n % 2:  # in the part that a resumed run skips
+        while not os.path.exists(top + "/.cut.partial/statistics.safetensors"):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, seconds / 4))
+    else:
+        time.sleep(rng.uniform(0, seconds))
     os.kill(pid, signal.SIGKILL)
     killed += finished(pid) == -signal.SIGKILL
     left = os.listdir(top + "/cut") if os.path.isdir(top + "/cut") else []
