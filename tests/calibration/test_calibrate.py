@@ -124,7 +124,8 @@ def test_statistics_stream_merge_and_equal_a_batch(llama: Path, text_file: Path)
         assert torch.allclose(got.mean("k"), batch.mean(1), rtol=1e-9, atol=1e-12)
 
 
-def test_windows_at_once_change_no_bit(llama: Path, text_file: Path) -> None:
+def test_windows_at_once_change_no_bit(llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", torch._C.set_num_threads)  # vLLM, once run here, ignores the call
     model = load_model(str(llama), "cpu", torch.float32)
     corpus = Corpus([text_file], tokenizer_of(llama), SMALL.window_length)
     collector = Collector(model, probe(model), corpus, SMALL)
