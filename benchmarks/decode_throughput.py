@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 COLUMNS = (
@@ -82,6 +83,22 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     return {"tok_s": round(produced / seconds, 1), "kv_tokens": tokens, "start_s": round(ready, 1)}
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser, requests: int) -> None:
+    """Options of `engine_options`, and which arms to run on how many requests."""
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"])
+    parser.add_argument("--requests", type=int, default=requests)
+    parser.add_argument("--input-len", type=int, default=8192)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=int, default=1024)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
+    parser.add_argument("--executor", choices=("mp", "ray"), help="how tensor-parallel workers are run")
+    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+
+
 def write_projection(arm: str, model: Path, name: str) -> float:
     """Random projection of the model's shape in the folder engine_options names; returns its true bits."""
     from benchmarks.shapes import SHAPES, plan_of
@@ -92,17 +109,17 @@ def write_projection(arm: str, model: Path, name: str) -> float:
     return plan.bits_per_element(SHAPES[name]["head_dim"])
 
 
-def append_row(row: dict, path: Path = RESULTS) -> None:
-    """Add one row to the results table, with its header if the file is new."""
+def append_row(row: dict, path: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
+    """Add one row to a results table, with its header if the file is new."""
     new = not path.exists()
     with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
+        writer = csv.DictWriter(f, columns)
         if new:
             writer.writeheader()
-        writer.writerow({k: row.get(k, "") for k in COLUMNS})
+        writer.writerow({k: row.get(k, "") for k in columns})
 
 
-def provenance() -> dict:
+def provenance(module: str = "decode_throughput") -> dict:
     """Date, device, versions and command line of this run."""
     import torch
     import vllm
@@ -112,25 +129,14 @@ def provenance() -> dict:
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": f"vllm {vllm.__version__} torch {torch.__version__}",
-        "command": "python -m benchmarks.decode_throughput " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.{module} " + " ".join(sys.argv[1:]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"])
-    parser.add_argument("--requests", type=int, default=192)
-    parser.add_argument("--input-len", type=int, default=8192)
-    parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--max-num-seqs", type=int, default=1024)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
-    parser.add_argument("--executor", choices=("mp", "ray"), help="how tensor-parallel workers are run")
+    add_engine_arguments(parser, requests=192)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run_arm:
         print("RESULT " + json.dumps(run_arm(options.run_arm, options.folder, options)), flush=True)

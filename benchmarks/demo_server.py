@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process for the demo: started, waited for, asked for its own numbers, stopped."""
+"""A `vllm serve` process for the demo and the benchmarks: started, waited for, asked for its own numbers, stopped."""
 
 from __future__ import annotations
 

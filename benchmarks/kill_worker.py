@@ -16,83 +16,65 @@ import time
 import urllib.request
 from pathlib import Path
 
-PORT = 18765
+from benchmarks.demo_server import Server
+
 LOG = Path("kill_worker.log")
 
 
-def ask(model: str, tokens: int, timeout: float) -> str:
+def serve(model: str, projection: str) -> Server:
+    """A TP 2 server, to be entered."""
+    arguments = ["--tensor-parallel-size", "2", "--max-model-len", "2048", "--gpu-memory-utilization", "0.3"]
+    arguments += ["--enforce-eager", "--attention-backend", "CUSTOM"]
+    arguments += ["--additional-config", json.dumps({"kqsvd": {"projection": projection}})]
+    return Server(Path(model), arguments, LOG)
+
+
+def ask(server: Server, model: str, tokens: int) -> str:
     """A greedy completion."""
     body = {"model": model, "prompt": "One, two, three,", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
-        f"http://127.0.0.1:{PORT}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        server.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    return json.loads(urllib.request.urlopen(request, timeout=timeout).read())["choices"][0]["text"]
+    return json.loads(urllib.request.urlopen(request, timeout=60).read())["choices"][0]["text"]
 
 
-def start(model: str, projection: str) -> tuple[subprocess.Popen, float]:
-    """A TP 2 server and the seconds it took to answer."""
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        model,
-        "--tensor-parallel-size",
-        "2",
-        "--port",
-        str(PORT),
-        "--max-model-len",
-        "2048",
-    ]
-    command += ["--gpu-memory-utilization", "0.3", "--attention-backend", "CUSTOM", "--enforce-eager"]
-    command += ["--additional-config", json.dumps({"kqsvd": {"projection": projection}})]
-    server = subprocess.Popen(command, stdout=LOG.open("w"), stderr=subprocess.STDOUT)
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 180 and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2)
-            break
-        except OSError:
-            time.sleep(1)
-    return server, time.perf_counter() - begin
+def workers_of(server: Server) -> list[int]:
+    """Process ids of this server's workers, which share its session, by rank."""
+    command = ["ps", "-o", "pid=,args=", "--sid", str(server.process.pid)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(x.split()[0]) for x in sorted(lines, key=lambda x: x.split()[1]) if "VLLM::Worker" in x]
 
 
 def kill_worker(model: str, projection: str) -> None:
     """Print what happens."""
-    server, seconds = start(model, projection)
-    before = ask(model, 16, 60)
-    print(f"server up after {seconds:.0f} s, answers {before!r}", flush=True)
     seen: list[str] = []
+    with serve(model, projection) as server:
+        before = ask(server, model, 16)
+        print(f"server answers {before!r}", flush=True)
 
-    def long_request() -> None:
+        def long_request() -> None:
+            try:
+                seen.append(ask(server, model, 1900))
+            except (OSError, ValueError) as error:
+                seen.append(f"{type(error).__name__}: {error}")
+
+        client = threading.Thread(target=long_request)
+        client.start()
+        time.sleep(2)
+        workers = workers_of(server)
+        print(f"workers {workers}; killing the last", flush=True)
+        os.kill(workers[-1], signal.SIGKILL)
+        begin = time.perf_counter()
         try:
-            ask(model, 1900, 60)
-            seen.append("an answer")
-        except (OSError, ValueError) as error:
-            seen.append(f"{type(error).__name__}: {error}")
-
-    client = threading.Thread(target=long_request)
-    client.start()
-    time.sleep(2)
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    workers = [int(x.split()[0]) for x in listing.splitlines() if "VLLM::Worker" in x]
-    print(f"workers {workers}; killing the last", flush=True)
-    os.kill(workers[-1], signal.SIGKILL)
-    begin = time.perf_counter()
-    try:
-        code = server.wait(60)
-    except subprocess.TimeoutExpired:
-        code = None
-        server.kill()
-    print(f"server ended with {code} after {time.perf_counter() - begin:.1f} s", flush=True)
-    client.join(70)
+            code: int | str = server.process.wait(60)
+        except subprocess.TimeoutExpired:
+            code = "nothing: it still runs"
+        print(f"server ended with {code} after {time.perf_counter() - begin:.1f} s", flush=True)
+        client.join(70)
     errors = [x for x in LOG.read_text().splitlines() if "ERROR" in x or "died" in x]
     print("\n".join(errors[:4]), f"\nclient saw: {seen}", flush=True)
-    time.sleep(3)
-    server, seconds = start(model, projection)
-    print(f"restarted in {seconds:.0f} s; same answer: {ask(model, 16, 60) == before}", flush=True)
-    server.terminate()
-    server.wait(30)
+    with serve(model, projection) as server:
+        print(f"restarted; same answer: {ask(server, model, 16) == before}", flush=True)
 
 
 if __name__ == "__main__":

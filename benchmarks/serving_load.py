@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.decode_throughput import BITS, RESULTS, append_row, provenance, write_projection
+from benchmarks.demo_server import Server
 
 MAX_MODEL_LEN = 40960
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -47,22 +47,23 @@ CASES = {
 }
 
 
-def serve_command(arm: str, model: Path, options: argparse.Namespace) -> list[str]:
-    """`vllm serve` of one arm."""
-    command = [*VLLM, "serve", str(model), "--load-format", "dummy", "--port", str(options.port)]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--gpu-memory-utilization", "0.85"]
-    command += ["--tensor-parallel-size", str(options.tensor_parallel)]
+def serve_arguments(arm: str, model: Path, options: argparse.Namespace) -> list[str]:
+    """Arguments of `vllm serve MODEL` for one arm."""
+    arguments = ["--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN), "--gpu-memory-utilization", "0.85"]
+    arguments += ["--tensor-parallel-size", str(options.tensor_parallel)]
     if options.compilation:
-        command += ["--compilation-config", options.compilation]
+        arguments += ["--compilation-config", options.compilation]
     if arm.startswith("kqsvd"):
         config = {"kqsvd": {"projection": str(model / arm)}}
-        return [*command, "--attention-backend", "CUSTOM", "--additional-config", json.dumps(config)]
-    return [*command, "--kv-cache-dtype", arm]
+        return [*arguments, "--attention-backend", "CUSTOM", "--additional-config", json.dumps(config)]
+    return [*arguments, "--kv-cache-dtype", arm]
 
 
-def bench_command(case: Case, name: str, model: Path, result: Path, options: argparse.Namespace) -> list[str]:
+def bench_command(
+    case: Case, name: str, model: Path, port: int, result: Path, options: argparse.Namespace
+) -> list[str]:
     """`vllm bench serve` of one case."""
-    command = [*VLLM, "bench", "serve", "--port", str(options.port), "--model", str(model), "--ignore-eos"]
+    command = [*VLLM, "bench", "serve", "--port", str(port), "--model", str(model), "--ignore-eos"]
     command += [
         "--num-prompts",
         str(case.requests),
@@ -100,49 +101,27 @@ def cut_trace(options: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def wait_ready(server: subprocess.Popen, port: int, limit: float) -> bool:
-    """Whether the server answers within `limit` seconds."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            return True
-        except OSError:
-            time.sleep(0.5)
-    return False
-
-
-def kv_tokens(log: Path) -> str:
-    """KV tokens that the server's log states."""
-    for line in log.read_text().splitlines():
-        if "GPU KV cache size:" in line:
-            return line.split("GPU KV cache size:")[1].split("tokens")[0].strip().replace(",", "")
-    return ""
+def run_case(name: str, model: Path, server: Server, result: Path, options: argparse.Namespace) -> dict | None:
+    """What `vllm bench serve` found for one case; None, with its words printed, if it failed."""
+    command = bench_command(CASES[name], name, model, server.port, result, options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=options.case_limit)
+    if result.exists():
+        return json.loads(result.read_text())
+    print(f"{name}: failed\n{done.stdout[-1500:]}{done.stderr[-1500:]}", flush=True)
+    return None
 
 
 def run_arm(arm: str, model: Path, options: argparse.Namespace) -> None:
     """Serve one arm and run every case against it."""
     bits = write_projection(arm, model, options.model) if arm.startswith("kqsvd") else BITS.get(arm)
-    log = options.logs / f"serve.{arm}.log"
     begin = time.perf_counter()
-    server = subprocess.Popen(serve_command(arm, model, options), stdout=log.open("w"), stderr=subprocess.STDOUT)
-    try:
-        if not wait_ready(server, options.port, options.start_limit):
-            print(f"{arm}: did not start\n{log.read_text()[-3000:]}", flush=True)
-            return
+    with Server(model, serve_arguments(arm, model, options), options.logs / f"serve.{arm}.log") as server:
         start_s = round(time.perf_counter() - begin, 1)
         for name in options.cases:
             case, result = CASES[name], options.logs / f"{arm}.{name.replace('/', '-')}.json"
-            done = subprocess.run(
-                bench_command(case, name, model, result, options),
-                capture_output=True,
-                text=True,
-                timeout=options.case_limit,
-            )
-            if not result.exists():
-                print(f"{arm} {name}: failed\n{done.stdout[-1500:]}{done.stderr[-1500:]}", flush=True)
+            r = run_case(name, model, server, result, options)
+            if r is None:
                 continue
-            r = json.loads(result.read_text())
             row = {
                 **provenance(),
                 "command": f"python -m benchmarks.serving_load --arms {arm} --cases {name}",
@@ -153,19 +132,14 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> None:
                 "input_len": case.input_len or name,
                 "output_len": case.output_len or name,
                 "requests": r["completed"],
-                "kv_tokens": kv_tokens(log),
+                "kv_tokens": server.kv_tokens(),
                 "tok_s": round(r["output_throughput"], 1),
                 "start_s": start_s,
             }
             row |= {f"{m}_p{p}": round(r[f"p{p}_{m}_ms"], 2) for m in ("ttft", "tpot") for p in (50, 99)}
             append_row(row, options.output)
-            shown = {
-                k: row[k] for k in ("requests", "tok_s", "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "kv_tokens")
-            }
-            print(f"{arm} {name}: {json.dumps(shown)} in {r['duration']:.0f} s", flush=True)
-    finally:
-        server.terminate()
-        server.wait(30)
+            shown = "requests tok_s ttft_p50 ttft_p99 tpot_p50 tpot_p99 kv_tokens".split()
+            print(f"{arm} {name}: {json.dumps({k: row[k] for k in shown})} in {r['duration']:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -178,8 +152,6 @@ def main() -> None:
     parser.add_argument("--trace-scale", type=float, default=0.001, help="seconds per unit of the trace's timestamps")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--compilation", help="JSON for vLLM's compilation config")
-    parser.add_argument("--port", type=int, default=18700)
-    parser.add_argument("--start-limit", type=float, default=400)
     parser.add_argument("--case-limit", type=float, default=600)
     parser.add_argument("--logs", type=Path, default=Path("."))
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -195,7 +167,10 @@ def main() -> None:
         if options.trace:
             options.trace_cut = cut_trace(options, Path(tmp))
         for arm in options.arms:
-            run_arm(arm, folder, options)
+            try:
+                run_arm(arm, folder, options)
+            except RuntimeError as error:  # a server that did not start does not cost the other arms
+                print(f"{arm}: {error}", flush=True)
 
 
 if __name__ == "__main__":

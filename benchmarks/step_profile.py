@@ -20,25 +20,40 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.decode_throughput import (
+    BITS,
+    add_engine_arguments,
+    append_row,
+    engine_options,
+    provenance,
+    write_projection,
+)
+
+RESULTS = Path(__file__).parent / "results" / "step_profile.csv"
+COLUMNS = (
+    "date device versions command model format bits input_len users step_ms gpu_ms host_ms attention_us_per_layer tok_s"
+).split()
+ATTENTION = ("kqsvd::decode::", "FlashAttn", "flash_fwd")  # names of decode attention's kernels
 WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
-def kernel_table(profile, steps: int, rows: int) -> list[tuple[str, float, float]]:
+def kernel_table(profile, steps: int) -> list[tuple[str, float, float]]:
     """(kernel, microseconds per step, launches per step), longest first."""
     from torch.autograd import DeviceType
 
     table = [
         (e.key, e.self_device_time_total / steps, e.count / steps)
         for e in profile.key_averages()
-        if e.device_type == DeviceType.CUDA
+        if e.device_type == DeviceType.CUDA and e.key != "engine_step"  # the mark spans kernels, it is none
     ]
-    return sorted(table, key=lambda r: -r[1])[:rows]
+    return sorted(table, key=lambda r: -r[1])
 
 
 def host_time(profile) -> float:
     """Milliseconds of the median profiled step that are not spent waiting for the GPU."""
-    events = [e.time_range for e in profile.events() if e.name == "engine_step"]
-    waits = [e.time_range for e in profile.events() if e.name in WAITS]
+    all_events = profile.events()
+    events = [e.time_range for e in all_events if e.name == "engine_step"]
+    waits = [e.time_range for e in all_events if e.name in WAITS]
     host = [
         (step.end - step.start - sum(w.end - w.start for w in waits if step.start <= w.start < step.end)) / 1e3
         for step in events
@@ -52,8 +67,6 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
     from vllm import LLM, SamplingParams
-
-    from benchmarks.decode_throughput import engine_options
 
     llm = LLM(**engine_options(arm, model, options))
     engine = llm.llm_engine
@@ -82,8 +95,9 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
         for _ in range(options.profiled):
             with record_function("engine_step"):
                 engine.step()
-    kernels = kernel_table(prof, options.profiled, options.rows)
-    busy = sum(r[1] for r in kernel_table(prof, options.profiled, 10**6)) / 1e3
+    kernels = kernel_table(prof, options.profiled)
+    attention = sum(us for name, us, _ in kernels if any(x in name for x in ATTENTION))
+    layers = llm.llm_engine.vllm_config.model_config.hf_text_config.num_hidden_layers
     if options.trace:
         prof.export_chrome_trace(f"{options.trace}.{arm}.json.gz")
     return {
@@ -91,42 +105,32 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
         "ramp_steps": steps,
         "running": len(produced),
         "step_ms": round(step_ms, 2),
-        "gpu_ms": round(busy, 2),
+        "gpu_ms": round(sum(us for _, us, _ in kernels) / 1e3, 2),
+        "attention_us_per_layer": round(attention / layers, 1),
+        "tok_s": round(len(produced) / step_ms * 1e3),
         "host_ms": round(host_time(prof), 2),
-        "kernels": [(k[:90], round(us, 1), round(n, 1)) for k, us, n in kernels],
+        "kernels": [(k[:90], round(us, 1), round(n, 1)) for k, us, n in kernels[: options.rows]],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"])
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--input-len", type=int, default=8192)
-    parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--max-num-seqs", type=int, default=1024)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
-    parser.add_argument("--executor", choices=("mp", "ray"))
+    add_engine_arguments(parser, requests=48)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profiled", type=int, default=9)
     parser.add_argument("--rows", type=int, default=25)
     parser.add_argument("--trace", help="prefix of Chrome traces to write")
-    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.run_arm:
         print("RESULT " + json.dumps(run_arm(options.run_arm, options.folder, options)), flush=True)
         return
-    from benchmarks.decode_throughput import write_projection
     from benchmarks.shapes import model_folder
 
     with tempfile.TemporaryDirectory() as tmp:
         folder = model_folder(options.model, Path(tmp))
         for arm in options.arms:
-            if arm.startswith("kqsvd"):
-                write_projection(arm, folder, options.model)
+            bits = write_projection(arm, folder, options.model) if arm.startswith("kqsvd") else BITS.get(arm)
             command = [sys.executable, "-m", "benchmarks.step_profile", *sys.argv[1:]]
             command += ["--run-arm", arm, "--folder", str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -137,6 +141,9 @@ def main() -> None:
             result = json.loads(lines[0])
             kernels = result.pop("kernels")
             print(f"{arm}: {json.dumps(result)}", flush=True)
+            row = {"model": options.model, "format": arm, "bits": bits, "input_len": options.input_len}
+            row |= {"users": result["running"], **result}
+            append_row({**provenance("step_profile"), **row}, options.output, COLUMNS)
             for name, us, count in kernels:
                 print(f"  {us:9.1f} us {count:7.1f} x  {name}", flush=True)
 

@@ -17,6 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.decode_throughput import append_row, provenance
+
+RESULTS = Path(__file__).parent / "results" / "tensor_parallel.csv"
+COLUMNS = (
+    "date device versions command model format executor tensor_parallel answers equal_to_one_gpu "
+    "largest_margin_where_parted kv_tokens"
+).split()
 PROMPTS = [
     "Write the numbers from one to twenty in words.",
     "Explain in simple terms why the sky is blue.",
@@ -97,6 +104,25 @@ def run(options: argparse.Namespace, projection: str | None, size: int, executor
     return json.loads(lines[0])
 
 
+def record(label: str, executor: str, size: int, one: dict, answer: dict, options: argparse.Namespace) -> None:
+    """Print an arm against the one-GPU answers, and add its row to the results."""
+    found = compare(one, answer)
+    print(f"{label}: TP {size} {executor}: {json.dumps(found)}, {answer['kv_tokens']} KV tokens", flush=True)
+    row = {
+        **provenance("tensor_parallel"),
+        "command": "python -m benchmarks.tensor_parallel MODEL --projections DIR",
+        "model": Path(options.model).name,
+        "format": label,
+        "executor": executor,
+        "tensor_parallel": size,
+        "answers": found["of"],
+        "equal_to_one_gpu": found["equal"],
+        "largest_margin_where_parted": max((m for _, m in found["parting"]), default=""),
+        "kv_tokens": answer["kv_tokens"],
+    }
+    append_row(row, options.output, COLUMNS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -104,6 +130,7 @@ def main() -> None:
     parser.add_argument("--executors", nargs="+", default=["mp", "ray"])
     parser.add_argument("--compilation", help="JSON for vLLM's compilation_config")
     parser.add_argument("--kill", action="store_true", help="also kill a worker of a server with the last projection")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--arm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--projection", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=1, help=argparse.SUPPRESS)
@@ -115,15 +142,13 @@ def main() -> None:
     for projection in [None, *options.projections]:
         label = Path(projection).name if projection else "native"
         one = run(options, projection, 1, "mp")
-        if one:
-            print(f"{label}: one GPU, {one['kv_tokens']} KV tokens, start {one['start_s']} s", flush=True)
+        if one is None:
+            continue
+        record(label, "mp", 1, one, one, options)
         for executor in options.executors:
             two = run(options, projection, 2, executor)
-            if one and two:
-                print(
-                    f"{label}: TP 2 {executor}: {json.dumps(compare(one, two))}, {two['kv_tokens']} KV tokens",
-                    flush=True,
-                )
+            if two:
+                record(label, executor, 2, one, two, options)
     if options.kill:
         from benchmarks.kill_worker import kill_worker
 
