@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_wheel(sdist: Path, out: Path, **environment: str) -> Path:
     """A wheel built from the source distribution with what is installed, without an index."""
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(sdist))
-    python("-m", "pip", "wheel", *options, **environment)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out))
+    with tempfile.TemporaryDirectory() as scratch:  # a build leaves its `build/lib` where the sources are
+        source = shutil.copytree(sdist, Path(scratch, "source"))
+        python("-m", "pip", "wheel", *options, str(source), **environment)
     (built,) = out.iterdir()
     return built
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +37,33 @@ def quiet_cpu() -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
+def hide_special_names() -> None:
+    """Make llvmlite's library object, which ngram speculation loads, say that it has no `__dict__`.
+
+    It looks up any name in the C library, `__dict__` too, and vLLM's `register_kernels`, which reads the attributes
+    of every object in every module, then stops the second engine of a process.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None or not hasattr(ffi.lib, "__dict__"):
+        return
+    library = type(ffi.lib)
+    look_up = library.__getattr__
+
+    def only_ordinary_names(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    library.__getattr__ = only_ordinary_names
+
+
 @contextmanager
 def engine(model: Path, projection: Path | None, **options: Any) -> Iterator[Any]:
     """A `vllm.LLM`; without a projection it runs natively. Everything is torn down afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    hide_special_names()
     extra = options.pop("kqsvd", {})
     if projection is not None:
         options["attention_backend"] = "CUSTOM"
