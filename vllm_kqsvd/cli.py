@@ -28,6 +28,8 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kqsvd`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # Torch reads this at its first allocation. On CPUs each window of text otherwise takes 10^5 page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         parser = make_parser(next((a for a in argv if not a.startswith("-")), None))
         args = parser.parse_args(argv)
