@@ -65,10 +65,13 @@ class Environment:
         return Path(sysconfig.get_path("purelib", "venv", {"base": str(self.folder), "platbase": str(self.folder)}))
 
     def install_cpu(self) -> None:
-        # --no-compile: most of these files are never imported. torch keeps its dependencies: a CUDA build has its own.
-        torch = [f"--requirement={HERE / 'torch.txt'}", f"--constraint={HERE / 'cpu.txt'}"]
+        # --no-compile: most of these files are never imported. torch keeps its dependencies: a CUDA build has its own,
+        # among them another triton than ours, which only kernel tests use.
+        lines = (HERE / "cpu.txt").read_text().splitlines()
+        constraints = self.folder / "constraints.txt"
+        constraints.write_text("\n".join(x for x in lines if not x.startswith("triton==")))
         pinned = [f"--requirement={HERE / name}" for name in ("cpu.txt", "test.txt")]
-        self.pip("install", "--no-compile", *torch)
+        self.pip("install", "--no-compile", f"--requirement={HERE / 'torch.txt'}", f"--constraint={constraints}")
         self.pip("install", "--no-compile", "--no-deps", *pinned)
         # vLLM asks for the metadata of a distribution called vllm; "+cpu" is how it knows its platform.
         shim = self.site_packages() / "vllm-0.32.0+cpu.dist-info"

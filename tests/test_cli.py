@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -143,6 +144,75 @@ def test_doctor_fails_with_1_and_goes_on(
     assert str(tmp_path) not in json.dumps(data)  # the home folder names the user
     assert cli.main(["doctor", "--projection", str(tmp_path)]) == 1
     assert "FAIL  projection" in capsys.readouterr().out
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the projection and the model are looked at; all else is in order."""
+    for name in ("_packages", "_plugin", "_registration", "_implementations", "_gpu", "_extension"):
+        monkeypatch.setattr(doctor_checks, name, lambda: [])
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """(exit code, text) of `kqsvd doctor`."""
+    code = cli.main(["doctor", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def test_doctor_says_what_it_has_not_looked_at(installed: None, model: Path, capsys, monkeypatch) -> None:
+    code, text = doctor(capsys)
+    assert code == 0 and "the installation is ready; no model was checked" in text
+    assert "\nready\nserve with:" in doctor(capsys, "--model", model)[1]
+    monkeypatch.setattr(doctor_checks, "_gpu", lambda: [doctor_checks.Check("gpu 0", "warn", "slow")])
+    assert "\nready; see WARN above (gpu 0)\n" in doctor(capsys, "--model", model)[1]
+
+
+def test_doctor_wants_a_model_folder_and_asks_no_hub(installed: None, model: Path, tmp_path: Path, capsys) -> None:
+    for name, found in (("org/name", "no such folder"), (tmp_path, "no config.json"), (model / "config.json", "no su")):
+        code, text = doctor(capsys, "--model", name, "--projection", GOLDEN)
+        assert (
+            code == 1 and f"FAIL  model        {name}: {found}" in text and "not ready: see FAIL above (model)" in text
+        )
+    (tmp_path / "m").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "m")
+    code, text = doctor(capsys, "--model", tmp_path / "m")
+    assert code == 1 and f"no folder {tmp_path}/m/kqsvd; make one with" in text and "then serve with:" in text
+
+
+def test_doctor_on_other_versions_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def status(version: str | None) -> str:
+        monkeypatch.setattr(doctor_checks, "_vllm", lambda: version)
+        return doctor_checks._packages()[-1].status
+
+    assert [status(v) for v in ("0.32.0+cpu", "0.33.1", "0.33.0rc1", "0.34.0", "0.31.2", None)] == [
+        "ok", "ok", "ok", "warn", "warn", "fail"
+    ]  # fmt: skip
+
+
+def test_doctor_on_an_extension_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_kqsvd.ops import cuda_library
+
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"\x7fELF no library")
+    monkeypatch.setattr(cuda_library, "LIBRARY", broken)
+    monkeypatch.setattr(cuda_library, "load", cuda_library.load.__wrapped__)
+    (found,) = doctor_checks._extension()
+    assert (
+        found.status == "info" and "does not load into PyTorch" in found.detail and "KQSVD_BUILD_CUDA=1" in found.detail
+    )
+
+
+def test_doctor_on_a_gpu_the_extension_was_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_kqsvd.ops import cuda_library
+
+    torch = MagicMock()
+    torch.ops.kqsvd.token_positions.side_effect = RuntimeError("CUDA error: no kernel image is available\nmore")
+    torch.cuda.get_device_name.return_value = "NVIDIA L4"
+    monkeypatch.setattr(cuda_library, "torch", torch)
+    for capability, advice in (((8, 9), "it is compiled for sm_90a (H100, H200)"), ((9, 0), cuda_library.BUILD)):
+        torch.cuda.get_device_capability.return_value = capability
+        why = cuda_library._runs_on.__wrapped__(0)
+        assert why == f"NVIDIA L4 cannot run the CUDA extension (CUDA error: no kernel image is available); {advice}"
 
 
 def test_doctor_explains_an_invisible_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

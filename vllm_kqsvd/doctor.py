@@ -24,22 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if something would keep a server from starting, else 0."""
     checks = all_checks(args.model, args.projection)
-    failed = [c.name for c in checks if c.status == "fail"]
-    command = serve_command(args.model, args.projection)
+    failed = any(c.status == "fail" for c in checks)
+    command, words = serve_command(args.model, args.projection), verdict(checks)
     if args.json:
-        data = {"ok": not failed, "checks": [asdict(c) for c in checks], "serve_command": command}
+        data = {"ok": not failed, "verdict": words, "checks": [asdict(c) for c in checks], "serve_command": command}
         print(json.dumps(data, indent=2))
     else:
-        print(as_text(checks, failed, command))
-    return int(bool(failed))
+        width = max(len(c.name) for c in checks)
+        lines = [f"{c.status.upper():4}  {c.name.ljust(width)}  {c.detail}" for c in checks]
+        print("\n".join([*lines, "", words, "then serve with:" if failed else "serve with:", f"  {command}"]))
+    return int(failed)
 
 
-def as_text(checks: list[Check], failed: list[str], command: str) -> str:
-    """One line per check, the verdict, the command."""
-    width = max(len(c.name) for c in checks)
-    lines = [f"{c.status.upper():4}  {c.name.ljust(width)}  {c.detail}" for c in checks]
-    verdict = f"not ready: {', '.join(failed)}" if failed else "ready"
-    return "\n".join([*lines, "", verdict, "serve with:", f"  {command}"])
+def verdict(checks: list[Check]) -> str:
+    """One line: ready or not, and what is in the way or was not looked at."""
+    named = {s: ", ".join(dict.fromkeys(c.name for c in checks if c.status == s)) for s in ("fail", "warn")}
+    if named["fail"]:
+        return f"not ready: see FAIL above ({named['fail']})"
+    but = f"; see WARN above ({named['warn']})" if named["warn"] else ""
+    if not any(c.name == "model" and c.status == "ok" for c in checks):
+        return f"the installation is ready{but}; no model was checked: give --model and --projection"
+    return f"ready{but}"
 
 
 def serve_command(model: str | None, projection: str | None) -> str:

@@ -104,14 +104,14 @@ def _packages() -> list[Check]:
         return [*out, Check("vllm", "fail", f"not installed; vLLM {' or '.join(SUPPORTED_VLLM)} is needed to serve")]
     if ".".join(version.split(".")[:2]) in SUPPORTED_VLLM:
         return [*out, Check("vllm", "ok", version)]
-    return [*out, Check("vllm", "warn", f"{version} found; tested with {' and '.join(SUPPORTED_VLLM)}")]
+    return [*out, Check("vllm", "warn", f"{version}; the plugin is tested with {' and '.join(SUPPORTED_VLLM)} only")]
 
 
 def _gpu() -> list[Check]:
     import torch
 
-    cuda = torch.version.cuda or "none (a CPU build of torch)"
-    out = [Check("cuda", "info", f"torch was built for CUDA {cuda}; driver {_driver()}")]
+    built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without CUDA"
+    out = [Check("cuda", "info", f"{built}; NVIDIA driver {_driver()}")]
     if not torch.cuda.is_available():
         return [*out, Check("gpu", "info", "no NVIDIA GPU is usable; models are served on the CPU")]
     for i in range(torch.cuda.device_count()):
@@ -179,13 +179,14 @@ def _implementations() -> list[Check]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen, passed_over = choose(torch.device(device))
-    out = [Check("implementation", "warn" if passed_over else "ok", f"{chosen.name} on {device}")]
+    out = [Check("implementation", "warn" if passed_over else "ok", f"{chosen.name} kernels serve on this {device}")]
     for name, (_, _, devices) in IMPLEMENTATIONS.items():
         try:
             choose(torch.device(devices[0]), name)
             out.append(Check(f"kernels {name}", "info", f"loads (for {' and '.join(devices)})"))
         except KQSVDError as e:
-            out.append(Check(f"kernels {name}", "warn" if device in devices else "info", private(str(e))))
+            why = str(e).partition("not available: ")[2] or str(e)
+            out.append(Check(f"kernels {name}", "warn" if device in devices else "info", private(f"not here: {why}")))
     return out
 
 
@@ -194,9 +195,14 @@ def _projection(model: str | None, folder: str | None) -> list[Check]:
 
     if folder is None and model is not None and beside(model).is_dir():
         folder = str(beside(model))
+    if model is not None and not Path(model, "config.json").is_file():
+        found = "no such folder" if not Path(model).is_dir() else "no config.json there"
+        return [Check("model", "fail", private(f"{model}: {found}; give the local Hugging Face folder of the model"))]
+    if folder is None and model is None:
+        return [Check("projection", "info", "none given; make one with `kqsvd calibrate`")]
     if folder is None:
-        status = "info" if model is None else "fail"
-        return [Check("projection", status, "none given; make one with `kqsvd calibrate`")]
+        words = f"none given and no folder {beside(model)}; make one with `kqsvd calibrate`, or name it (--projection)"
+        return [Check("projection", "fail", private(words))]
     try:
         projection = load_projection(folder)
         out = [

@@ -42,7 +42,10 @@ def _runs_on(device: int) -> str:
         torch.ops.kqsvd.token_positions(start, start[1:] + 6, out)
         same = int(out) == 6
     except RuntimeError as e:
-        return f"{torch.cuda.get_device_name(device)} cannot run the CUDA extension ({str(e).splitlines()[0]}); {BUILD}"
+        name, why = torch.cuda.get_device_name(device), str(e).splitlines()[0]
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return f"{name} cannot run the CUDA extension ({why}); it is compiled for sm_90a (H100, H200)"
+        return f"{name} cannot run the CUDA extension ({why}); {BUILD}"
     return "" if same else "the CUDA extension gave a wrong result on its smallest kernel"
 
 
