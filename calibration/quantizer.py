@@ -85,23 +85,31 @@ def fit_quantizer(
     """(step, scale_weight, guard_weight), each [H, C], for latents z [N, H, C] of code widths bits [C].
 
     weight [H, C]: cost of squared error per channel; vote [H, C]: channels that decide the scale. The guard raises a
-    token's scale until no channel lies further than `guard` ranges out; the width of that fence is searched.
+    token's scale until no channel lies further than `guard` ranges out; the width of that fence is searched. A larger
+    scale coarsens every channel, so that a channel raises it only until the others' error costs as much as its own
+    energy (`limit`): beyond, clipping an outlier that calibration never saw is the smaller harm.
     """
     variance = z.square().mean(0).clamp_min(1e-30)
     base = token_scale(z, variance, vote)
     half = (2.0 ** (bits - 1)).to(z.dtype)
     first, _ = fit_steps(z, bits, round_scale(base))
-    reach = (z.abs() / (half * first)).amax(-1)  # the furthest channel of every token, in ranges of unit scale
+    # At scale s a midrise quantizer errs by s step / 2 in channels that hold next to nothing.
+    limit = (weight / (weight * first.square() / 4).sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
     best_cost: torch.Tensor | None = None
     guard = torch.full_like(variance[:, :1], _GUARDS[-1])
     for trial in _GUARDS:
-        s = round_scale(torch.maximum(base, reach / trial))[..., None]
+        s = round_scale(torch.maximum(base, fenced(z, torch.minimum(1 / (trial * half * first), limit))))[..., None]
         cost = ((midrise(z / s, first, half) * s - z).square() * weight).sum((0, 2))[:, None]
         better = torch.ones_like(guard, dtype=torch.bool) if best_cost is None else cost < best_cost
         guard = torch.where(better, trial, guard)
         best_cost = cost if best_cost is None else torch.minimum(cost, best_cost)
-    scale = round_scale(torch.maximum(base, reach / guard[:, 0]))
+    fence = torch.minimum(1 / (guard * half * first), limit)
+    scale = round_scale(torch.maximum(base, fenced(z, fence)))
     step, _ = fit_steps(z, bits, scale)
-    # In units of the final step: |z| / (guard half first) = |latent| step / (guard half first).
     scale_weight = vote / variance / vote.sum(-1, keepdim=True).clamp_min(1) * step.square()
-    return step, scale_weight, step / (guard * half * first)
+    return step, scale_weight, fence * step  # in units of the final step
+
+
+def fenced(z: torch.Tensor, fence: torch.Tensor) -> torch.Tensor:
+    """Smallest scale [N, H] the fences [H, C] allow the tokens z [N, H, C]."""
+    return (z.abs() * fence).amax(-1)

@@ -171,6 +171,25 @@ def test_store_equals_reference(emulated, case, many):
     assert_pages_close(pages, expected, rows, exact64, case.block_size)
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_store_of_outliers_equals_reference(emulated, case, many):
+    codec = case.codec()
+    rows = paged_rows(case, 40 if many else 16, seed=6)
+    reach = 30.0 if case.dtype == torch.float16 else 1000.0  # times values of about 2; fp16 ends at 65504
+    rows.key[1::5] *= reach
+    rows.value[2::5] *= reach
+    rows.key[3::5, :, 7] = 10 * reach
+    rows.value[3::5], rows.key[4::10] = 0, 0
+    expected, pages = rows.pages.clone(), rows.pages.clone()
+    run_store(emulated, codec, rows.key, rows.value, pages, rows.slots, rows.positions, case.block_size, many=many)
+    exact64 = codec.to("cpu", torch.float64)
+    reference.store_latent(
+        rows.key.double(), rows.value.double(), expected, rows.slots, rows.positions, exact64, case.block_size
+    )
+    assert_pages_close(pages, expected, rows, exact64, case.block_size)
+
+
 def run_dequantize(
     lib, codec, pages, table, ranges, num_tiles, rows, block_size, dtype, window=None, window_table=None
 ):
