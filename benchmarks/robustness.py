@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.bases import rms
 from benchmarks.fidelity import installed, shown
 from benchmarks.robustness_text import FOLDER, KINDS, calibration_text, held_out_text
 from vllm_kqsvd.calibration.calibrate import CalibrateOptions, collect_statistics
@@ -34,6 +33,7 @@ from vllm_kqsvd.calibration.reuse import solve_again
 from vllm_kqsvd.projection import Projection, load_projection, save_projection
 from vllm_kqsvd.verify import load_model, projection_codec
 from vllm_kqsvd.verify_harness import ReadRule, Reference, Score, Window, score
+from vllm_kqsvd.verify_result import rms
 
 RESULTS = Path(__file__).parent / "results" / "robustness.csv"
 KEY = ("model", "study", "setting", "text", "bits", "context")
@@ -62,17 +62,16 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Everything the studies measure; the longest calibration last."""
-    for windows in (64, 1, 2, 4, 8):
-        yield from (Case("data", f"{windows}", text, windows=windows) for text in KINDS[:3])
-    for kind in KINDS:
-        yield from (Case("domain", kind, text, kind) for text in KINDS)
+    """Everything the studies measure, the longest calibrations last."""
+    yield from (Case("data", f"{n}", text, windows=n) for n in (64, 1, 4) for text in KINDS[:3])
+    yield from (Case("domain", kind, text, kind) for kind in reversed(KINDS) for text in KINDS)
+    yield Case("domain", "mixed", "german")  # the other texts: "data" with as many windows
+    yield from (Case("first", opening, "prose", windows=64, opening=opening) for opening in OPENINGS)
     for text in KINDS[:2]:
         yield Case("lora", "5 %, calibrated without it", text, served="0.05")
         yield Case("lora", "20 %, calibrated without it", text, served="0.2")
         yield Case("lora", "20 %, calibrated with it", text, calibrated="0.2", served="0.2")
-    yield from (Case("first", opening, "prose", windows=64, opening=opening) for opening in OPENINGS)
-    yield from (Case("data", "16", text, windows=16) for text in KINDS[:3])
+    yield from (Case("data", f"{n}", text, windows=n) for n in (2, 8, 16) for text in KINDS[:3])
 
 
 class Lab:
@@ -188,7 +187,7 @@ def main() -> None:
     if options.output.exists():
         with options.output.open(newline="") as f:
             done = {tuple(r[k] for k in KEY) for r in csv.DictReader(f)}
-    todo = [(c, b) for c in cases() if c.study in options.studies for b in options.bits]
+    todo = [(c, b) for b in options.bits for c in cases() if c.study in options.studies]
     lab, new = Lab(options), not options.output.exists()
     with options.output.open("a", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
@@ -206,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder with a chat template")
     parser.add_argument("--studies", nargs="+", default=["data", "domain", "lora", "first"])
-    parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0])
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 4.0])
     parser.add_argument("--statistics", type=Path, help="of 64 windows of the mixed text")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--scored", type=int, default=256, help="last tokens of the context that are decoded")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,12 @@ def default_threshold(bits: float) -> float:
         return KL_THRESHOLDS[high]
     part = (bits - low) / (high - low)
     return math.exp((1 - part) * math.log(KL_THRESHOLDS[low]) + part * math.log(KL_THRESHOLDS[high]))
+
+
+def rms(values: Iterable[float]) -> float:
+    """Root mean square."""
+    squares = [x * x for x in values]
+    return math.sqrt(sum(squares) / len(squares))
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,11 @@ class VerifyResult:
     @property
     def prediction_ratio(self) -> float | None:
         """Measured over predicted logit error, root mean square over the layers that have both."""
-        both = [i for i in self.logit_error if self.predicted.get(i)]
-        if not both:
-            return None
-        measured, predicted = (sum(x[i] ** 2 for i in both) for x in (self.logit_error, self.predicted))
-        return math.sqrt(measured / predicted)
+        both = self._predicted_layers()
+        return rms(self.logit_error[i] for i in both) / rms(self.predicted[i] for i in both) if both else None
+
+    def _predicted_layers(self) -> list[int]:
+        return [i for i in self.logit_error if self.predicted.get(i)]
 
     def verdict(self) -> str:
         """What it means and what to do, in a sentence or two."""
@@ -146,10 +152,14 @@ class VerifyResult:
         if not self.logit_error:
             return "no layer is compressed"
         worst = max(self.logit_error, key=self.logit_error.__getitem__)
-        rms = math.sqrt(sum(x * x for x in self.logit_error.values()) / len(self.logit_error))
-        out = f"relative logit error {rms:.4f}, worst {self.logit_error[worst]:.4f} in layer {worst}"
-        if ratio := self.prediction_ratio:
-            out += f"; {ratio:.2f} times the calibrator's prediction"
+        out = f"relative logit error {rms(self.logit_error.values()):.4f}"
+        out += f" (worst {self.logit_error[worst]:.4f}, in layer {worst})"
+        if both := self._predicted_layers():
+            ratios = [self.logit_error[i] / self.predicted[i] for i in both]
+            out += (
+                f"; calibration predicted {rms(self.predicted[i] for i in both):.4f}: measured is "
+                f"{self.prediction_ratio:.2f} times that ({min(ratios):.2f} to {max(ratios):.2f} by layer)"
+            )
         return out
 
     def to_json(self) -> dict[str, object]:
