@@ -66,11 +66,16 @@ def peer_codecs(num_layers: int, ours: Projection | None, device: str = "cpu") -
 
 
 def settings(
-    codecs: Mapping[str, object], folders: Mapping[str, Projection], prefill: int, chunk: int, device: str
+    codecs: Mapping[str, object],
+    folders: Mapping[str, Projection],
+    prefill: int,
+    chunk: int,
+    device: str,
+    windows: Iterable[int] = (WINDOW, 0),
 ) -> dict[str, tuple[object, ReadRule]]:
     """Method and reading rule by "name|window"."""
     out = {}
-    for window in (WINDOW, 0):
+    for window in windows:
         for name, codec in codecs.items():
             out[f"{name}|{window}"] = (codec, ReadRule(window, SINKS if window else 0, chunk or 1, prefill))
         for name, folder in folders.items():
@@ -98,7 +103,7 @@ def main() -> None:
         codecs = {name: codec for name, codec in codecs.items() if name in options.methods}
     scored = options.scored or options.context // 4
     prefill = 0 if options.chunk else options.context - scored
-    todo = settings(codecs, folders, prefill, options.chunk, device)
+    todo = settings(codecs, folders, prefill, options.chunk, device, options.exact)
     for path in options.data:
         name = f"{path.stem} (chat)" if options.chat else path.stem
         windows = text_windows(read_text(path), name, tokenizer, options.context, options.windows, scored, options.chat)
@@ -113,7 +118,8 @@ def main() -> None:
             fidelity = Fidelity.of(name, found)
             print(fidelity.row(), method)
             bits = bits_of(codec, folders, head_dim)
-            rows.append(table_row(fidelity, options, codec.name, bits, sinks, rule, folders.get(codec.name)))
+            name_shown = f"{codec.name} ({options.note})" if options.note else codec.name
+            rows.append(table_row(fidelity, options, name_shown, bits, sinks, rule, folders.get(codec.name)))
         append(rows, options.output)  # a text at a time: what is measured is kept
 
 
@@ -190,8 +196,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scored", type=int, help="last tokens of a window that are scored (default: a quarter)")
     parser.add_argument("--chat", action="store_true", help="put the texts into the model's chat template")
     parser.add_argument("--chunk", type=int, default=0, help="prefill in steps of so many tokens; 0: exact prompt")
+    parser.add_argument(
+        "--exact", type=int, nargs="+", default=[WINDOW, 0], help="exact last tokens; 0: nothing exact (default: both)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--note", help="added to the methods' names: keeps these rows out of the main tables")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
