@@ -112,6 +112,51 @@ def test_models_it_cannot_plan_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["plan", str(tmp_path), "--kv-memory", "1GB"]) == 1
 
 
+WRONG = {
+    "--users 0": "--users is 0; it must be at least 1",
+    "--context 0": "--context is 0",
+    "--tp 0": "--tp is 0",
+    "--gpu 0": "--gpu is 0",
+    "--tp 3": "vLLM splits 4 query and 2 KV heads only over",
+    "--utilization nan": "a share",
+    "--utilization 5": "a share",
+    "--window 0": "multiples of 16 from 32 on",
+    "--window 40": "multiples of 16 from 32 on",
+    "--overhead 500GB --weights 6GB": "500.0 GiB on each for activations and CUDA graphs leave nothing of 80 GiB",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_absurd_numbers_are_refused_in_one_line(wrong: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = [] if "weights" in wrong else ["--kv-memory", "1GB"]
+    assert cli.main(["plan", str(model), *memory, *wrong.split()]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and WRONG[wrong] in err
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"num_hidden_layers": 0}, "0 layers"),
+        ({"num_attention_heads": 0}, "cannot read"),
+        ({"model_type": "unheard of"}, "cannot read"),
+        ({"head_dim": 24}, "head width is 24"),
+    ],
+)
+def test_configs_without_a_cache_are_refused(change: dict, found: str, model: Path, capsys) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert cli.main(["plan", str(model), "--kv-memory", "1GB"]) == 1
+    assert found in capsys.readouterr().err
+
+
+def test_contexts_beyond_the_model_are_marked(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    positions = tiny_config().max_position_embeddings
+    for context, told in ((positions, False), (positions + 1, True)):
+        assert cli.main(["plan", str(model), "--kv-memory", "1GB", "--context", str(context)]) == 0
+        assert (f"names {positions:,} positions" in capsys.readouterr().out) == told
+
+
 SERVING = Path(__file__).parents[1] / "benchmarks" / "results" / "serving.csv"
 FORMATS = {"auto": "bf16", "fp8": "fp8", "kqsvd-4": "kqsvd 4 bits", "kqsvd-2.5": "kqsvd 2.5 bits"}
 

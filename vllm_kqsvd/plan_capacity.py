@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_kqsvd import decode_speed
 from vllm_kqsvd.capacity import WINDOW, CacheFormat, latent, plain, plan_bytes
+from vllm_kqsvd.config import MIN_WINDOW, TILE
 from vllm_kqsvd.errors import ConfigError, UnsupportedError
 from vllm_kqsvd.gpu_memory import BATCHED_TOKENS, MAX_SEQS, UTILIZATION, overhead, usable
 from vllm_kqsvd.inspect_projection import align
@@ -62,10 +63,9 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the verb shows, as JSON values. Raises ConfigError or UnsupportedError."""
+    _check(args)
     config = _config(args.model)
-    heads, dim, layers = _shape(config)
-    if args.context < 1 or args.tp < 1 or args.window < 0:
-        raise ConfigError("--context and --tp must be at least 1, --window at least 0")
+    heads, dim, layers = _shape(config, args.tp)
     local = max(1, heads // args.tp)
     elements = 2 * layers * local * dim
     weights = args.weights if args.weights is not None else _weights(args.model)
@@ -86,6 +86,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "kv_memory": memory,
         "context": args.context,
+        "model_context": getattr(_text_config(config), "max_position_embeddings", None),
         "tensor_parallel": args.tp,
         "window": args.window,
         "users": args.users,
@@ -106,6 +107,25 @@ class _Rank:
     weights: int
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for numbers that no server would take."""
+    for name in ("gpu", "context", "users", "tp", "batched_tokens", "max_num_seqs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not 0 < args.utilization <= 1:
+        raise ConfigError(f"--utilization is {args.utilization}; it is a share, above 0 and at most 1")
+    if args.window < MIN_WINDOW or args.window % TILE:
+        raise ConfigError(
+            f"--window is {args.window}; the plugin takes multiples of {TILE} from {MIN_WINDOW} on (default {WINDOW})"
+        )
+
+
+def _text_config(config: Any) -> Any:
+    from vllm_kqsvd.projection_rope import text_config
+
+    return text_config(config)
+
+
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
@@ -113,23 +133,36 @@ def _config(model: str) -> Any:
         raise ConfigError(f"{model} has no config.json; give a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"cannot read {model}/config.json: {e}") from e
+    except Exception as e:  # noqa: BLE001  transformers checks some values by computing with them
+        why = " ".join(str(e).split())
+        raise ConfigError(f"cannot read {model}/config.json: {why[:300]}") from e
 
 
-def _shape(config: Any) -> tuple[int, int, int]:
-    """(KV heads, head_dim, layers). Raises UnsupportedError where not every layer keeps the whole context."""
-    from vllm_kqsvd.projection_rope import head_dim_of, text_config
+def _shape(config: Any, ranks: int) -> tuple[int, int, int]:
+    """(KV heads, head_dim, layers). Raises UnsupportedError where not every layer keeps the whole context, and
+    ConfigError for sizes that are none or that vLLM does not split over `ranks` GPUs."""
+    from vllm_kqsvd.projection_rope import head_dim_of
 
-    text = text_config(config)
+    text = _text_config(config)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError("the model's attention keeps latents already (MLA); kqsvd does not apply to it")
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     if kinds - {"full_attention"} or (window and not kinds):
         raise UnsupportedError("`kqsvd plan` knows only models in which every layer attends to the whole context")
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return heads, head_dim_of(text), text.num_hidden_layers
+    queries, layers = getattr(text, "num_attention_heads", 0), getattr(text, "num_hidden_layers", 0)
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    if not (isinstance(queries, int) and isinstance(layers, int) and queries > 0 and layers > 0 and heads > 0):
+        raise ConfigError(f"the model's config has {queries} query heads, {heads} KV heads and {layers} layers")
+    if queries % ranks or (heads % ranks and ranks % heads):
+        raise ConfigError(
+            f"--tp is {ranks}; vLLM splits {queries} query and {heads} KV heads only over numbers that divide them "
+            "(or are multiples of the KV heads)"
+        )
+    dim = head_dim_of(text)
+    if dim % TILE or not dim:
+        raise UnsupportedError(f"the model's head width is {dim}; kqsvd serves multiples of {TILE}")
+    return heads, dim, layers
 
 
 def _weights(model: str) -> int:
@@ -138,17 +171,16 @@ def _weights(model: str) -> int:
 
 
 def _kv_memory(args: argparse.Namespace, config: Any, weights: int) -> int:
-    from vllm_kqsvd.projection_rope import text_config
-
     if not weights:
         raise ConfigError(f"{args.model} has no safetensors files; give --weights SIZE or --kv-memory SIZE")
     more = args.overhead
     if more is None:
-        more = overhead(text_config(config), args.batched_tokens, args.max_num_seqs, args.tp)
+        more = overhead(_text_config(config), args.batched_tokens, args.max_num_seqs, args.tp)
     memory = int(usable(args.gpu) * args.utilization) - weights // args.tp - more
     if memory <= 0:
         raise ConfigError(
-            f"weights of {weights / 2**30:.1f} GiB on {args.tp} GPU(s) leave nothing for the cache; "
+            f"weights of {weights / 2**30:.1f} GiB on {args.tp} GPU(s) and {more / 2**30:.1f} GiB on each for "
+            f"activations and CUDA graphs leave nothing of {args.gpu / 2**30:.4g} GiB for the cache; "
             "use more GPUs (--tp) or larger ones"
         )
     return memory
@@ -191,6 +223,9 @@ def _text(data: dict[str, Any]) -> str:
         f"{measured['date']});\nsteady decoding of all running users, no prompts in between"
         + (", no exchange between GPUs" if ranks > 1 else "")
     )
+    longest = data["model_context"]
+    if longest and data["context"] > longest:
+        speed += f"\nthe model's config names {longest:,} positions: such contexts need RoPE scaling"
     return "\n".join([f"{title}, {data['context']:,} tokens per user; {note}", "", *align(rows), "", speed])
 
 
