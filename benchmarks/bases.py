@@ -3,6 +3,9 @@
 
     python -m benchmarks.bases MODEL --statistics FILE --data FILE... [--bits 3] [--bases NAME...]
 
+`--nested` solves in nested order, `--cut-from 4` measures what `kqsvd cut` makes of a file of 4 bits; the basis column
+says both.
+
 The statistics are those a calibration leaves behind (`collect_statistics`); one row per basis and text is appended to
 benchmarks/results/bases.csv as soon as it is measured.
 """
@@ -15,6 +18,7 @@ import datetime
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +27,8 @@ from benchmarks.fidelity import installed, shown
 from vllm_kqsvd.calibration.basis import BASES
 from vllm_kqsvd.calibration.calibrate import CalibrateOptions, project
 from vllm_kqsvd.calibration.capture import load_model as load_for_probe
+from vllm_kqsvd.calibration.collect import CollectOptions
+from vllm_kqsvd.calibration.cut import cut
 from vllm_kqsvd.calibration.model_probe import LayerInfo, probe
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.projection import Projection
@@ -32,6 +38,7 @@ from vllm_kqsvd.verify_result import Fidelity
 from vllm_kqsvd.verify_text import read_text, text_windows
 
 RESULTS = Path(__file__).parent / "results" / "bases.csv"
+CENTER = {"both": (True, False), "yes": (True,), "no": (False,)}
 COLUMNS = (
     "date device versions command model text context basis center bits plans kl top1 perplexity perplexity_exact"
     " logit_error predicted_logit_error positions"
@@ -46,10 +53,27 @@ class NoText:
         return []
 
 
-def solved(options: argparse.Namespace, layers: list[LayerInfo], statistics: Statistics, name: str, center: bool):
-    """The projection of one basis."""
-    settings = CalibrateOptions(bits=options.bits, basis=name, center=center, plans=options.plans)
-    return project(options.model, layers, statistics, NoText(), settings)
+def solved(
+    options: argparse.Namespace, layers: list[LayerInfo], statistics: Statistics, name: str, center: bool
+) -> Iterator[Projection]:
+    """The projections of one basis, one per number of bits."""
+
+    def at(bits: float) -> Projection:
+        settings = CalibrateOptions(
+            bits=bits, basis=name, center=center, nested=options.nested, plans=options.plans, collect=collect
+        )
+        return project(options.model, layers, statistics, NoText(), settings)
+
+    collect = CollectOptions(**statistics.options["collect"])
+    whole = at(options.cut_from) if options.cut_from else None
+    for bits in options.bits:
+        yield cut(whole, bits) if whole else at(bits)
+
+
+def label(options: argparse.Namespace, name: str) -> str:
+    """What stands in the basis column."""
+    nested = ", nested" if options.nested else ""
+    return name + nested + (f", cut from {options.cut_from:g} bits" if options.cut_from else "")
 
 
 def rms(values) -> float:
@@ -99,15 +123,17 @@ def main() -> None:
         writer = csv.writer(f, lineterminator="\n")
         if new:
             writer.writerow(COLUMNS)
-        for name in options.bases:
-            for center in (True, False):
-                found = solved(options, layers, statistics, name, center)
+        tasks = [(name, center) for name in options.bases for center in CENTER[options.center]]
+        for name, center in tasks:
+            for found in solved(options, layers, statistics, name, center):
                 codec, rule = projection_codec(found), ReadRule(64, prefill=options.context - options.scored)
                 for reference in exact:
                     one = score(model, reference.window, reference, codec, rule)
-                    writer.writerow(row(options, name, center, found, reference.window.text, one))
+                    writer.writerow(row(options, label(options, name), center, found, reference.window.text, one))
                     f.flush()
-                    print(name, center, reference.window.text, f"{float(one.kl.mean()):.5f}", flush=True)
+                    print(
+                        label(options, name), center, reference.window.text, f"{float(one.kl.mean()):.5f}", flush=True
+                    )
 
 
 def parse() -> argparse.Namespace:
@@ -116,7 +142,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--statistics", type=Path, required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="held-out text")
-    parser.add_argument("--bits", type=float, default=3.0)
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0])
+    parser.add_argument("--cut-from", type=float, default=0, metavar="BITS", help="cut a projection of so many bits")
+    parser.add_argument("--nested", action="store_true", help="as in kqsvd calibrate")
+    parser.add_argument("--center", choices=tuple(CENTER), default="both", help="with the mean removed or not")
     parser.add_argument("--plans", default="free", help="bit plans as in kqsvd calibrate (default %(default)s)")
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--context", type=int, default=2048)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from vllm_kqsvd.calibration.allocate import plane_bytes
-from vllm_kqsvd.calibration.basis import BASES
+from vllm_kqsvd.calibration.basis import BASES, NESTED
 from vllm_kqsvd.calibration.capture import load_model
 from vllm_kqsvd.calibration.collect import CollectOptions, Collector
 from vllm_kqsvd.calibration.corpus import Corpus
@@ -39,13 +39,14 @@ STATISTICS_FILE = "statistics.safetensors"
 class CalibrateOptions:
     """Everything a calibration depends on besides model and data; equal options and inputs give equal bytes.
 
-    rope_block 0: 32, or 64 where more than 4 query heads of more than 64 channels share a KV head. max_position:
-    positions a `post` basis must serve, 0 for the model's own maximum.
+    nested: see solve.SolveOptions. rope_block 0: 32, or 64 where more than 4 query heads of more than 64 channels share
+    a KV head. max_position: positions a `post` basis must serve, 0 for the model's own maximum.
     """
 
     bits: float = 4.0
     basis: str = "mix"
     center: bool = True
+    nested: bool = False
     rope_mode: str = "page"
     rope_block: int = 0
     max_position: int = 0
@@ -208,6 +209,7 @@ def project(
         SolveOptions(
             basis=options.basis,
             center=options.center,
+            nested=options.nested,
             max_plans=options.max_plans,
             plans=options.plans,
             window=options.collect.window,
@@ -245,6 +247,7 @@ def describe(
         "bits_per_element": 8 * (total_bytes + 2) / (2 * head_dim),
         "basis": options.basis,
         "center": options.center,
+        "nested": options.nested or options.basis in NESTED,
         "exact_window": collect.window,
         "max_plans": options.max_plans,
         "plans": options.plans,

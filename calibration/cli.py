@@ -8,19 +8,13 @@ import time
 from pathlib import Path
 
 from vllm_kqsvd.calibration.basis import BASES
-from vllm_kqsvd.calibration.calibrate import (
-    PRESETS,
-    CalibrateOptions,
-    bits_of_ratio,
-    calibrate,
-    keep_statistics,
-    remove_partial,
-)
+from vllm_kqsvd.calibration.budget import add_budget, bits_asked
+from vllm_kqsvd.calibration.calibrate import CalibrateOptions, calibrate, keep_statistics, remove_partial
 from vllm_kqsvd.calibration.collect import CollectOptions
 from vllm_kqsvd.calibration.frames import ROPE_MODES
 from vllm_kqsvd.calibration.reuse import solve_again
 from vllm_kqsvd.calibration.solve import PLAN_CHOICES
-from vllm_kqsvd.errors import CalibrationError, ConfigError
+from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.plan_catalog import compiled_plans
 from vllm_kqsvd.projection import ModelFingerprint, Projection, save_projection
 
@@ -39,14 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of text: what another run wrote with --keep-statistics, for other bits, basis or rope mode",
     )
     parser.add_argument("--keep-statistics", type=Path, metavar="FILE", help="write the moments for later runs")
-    budget = parser.add_mutually_exclusive_group()
-    presets = ", ".join(f"{name} {bits:g}" for name, bits in PRESETS.items())
-    budget.add_argument(
-        "--preset", choices=tuple(PRESETS), help=f"bits per element by name: {presets} (default balanced)"
-    )
-    budget.add_argument("--bits", type=float, help="bits per element of K and V")
-    budget.add_argument("--ratio", metavar="N[x]", help="compression against a 16-bit cache, e.g. 5x")
+    add_budget(parser)
     parser.add_argument("--basis", choices=BASES, default=defaults.basis, help="latent basis (default %(default)s)")
+    parser.add_argument(
+        "--nested", action="store_true", help="mix channels only within groups of 16, for the best `kqsvd cut` later"
+    )
     parser.add_argument("--no-center", action="store_true", help="do not remove the mean")
     parser.add_argument(
         "--rope-mode", choices=ROPE_MODES, default=defaults.rope_mode, help="frame of the keys (default %(default)s)"
@@ -121,9 +112,10 @@ def options_from(args: argparse.Namespace) -> CalibrateOptions:
         seed=args.seed,
     )
     return CalibrateOptions(
-        bits=_bits(args),
+        bits=bits_asked(args, _head_dim(args.model) if args.ratio else 0),
         basis=args.basis,
         center=not args.no_center,
+        nested=args.nested,
         rope_mode=args.rope_mode,
         rope_block=args.rope_block,
         max_position=args.max_model_len,
@@ -133,23 +125,15 @@ def options_from(args: argparse.Namespace) -> CalibrateOptions:
     )
 
 
-def _bits(args: argparse.Namespace) -> float:
-    if args.bits is not None:
-        return float(args.bits)
-    if args.ratio is not None:
-        try:
-            ratio = float(str(args.ratio).lower().rstrip("x"))
-        except ValueError as e:
-            raise ConfigError(f"--ratio {args.ratio!r} is not a number; give e.g. 5x") from e
-        return bits_of_ratio(ratio, ModelFingerprint.from_hf(args.model).head_dim)
-    return PRESETS[args.preset or "balanced"]
+def _head_dim(model: Path) -> int:
+    return ModelFingerprint.from_hf(model).head_dim
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry point of the command."""
     if not (args.model / "config.json").is_file():
         raise CalibrationError(f"{args.model} is not a Hugging Face model folder (no config.json)")
-    _check_output(args.output)
+    check_output(args.output)
     began = time.monotonic()
     if args.statistics:
         projection = solve_again(args.model, args.statistics, options_from(args), args.device)
@@ -171,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuse an output that save_projection would refuse, before the work instead of after it."""
     if output.exists() and not output.is_dir():
         raise CalibrationError(f"--output {output} exists and is not a folder; choose another")
@@ -179,7 +163,7 @@ def _check_output(output: Path) -> None:
         raise CalibrationError(f"--output {output} exists and holds other files; choose another")
 
 
-def summary(projection: Projection, output: Path, digest: str, seconds: float) -> str:
+def summary(projection: Projection, output: Path, digest: str, seconds: float | None = None) -> str:
     """What was written, in a few lines."""
     plans = {e.codec.plan for e in projection.layers.values()}
     head_dim = projection.model.head_dim
@@ -187,7 +171,7 @@ def summary(projection: Projection, output: Path, digest: str, seconds: float) -
     error = projection.predicted
     return "\n".join(
         (
-            f"wrote {output} (digest {digest[:12]}) in {seconds:.0f} s",
+            f"wrote {output} (digest {digest[:12]})" + (f" in {seconds:.0f} s" if seconds is not None else ""),
             f"  {len(projection.layers)} layers, {len(plans)} bit plans "
             f"({'with CUDA decode kernels' if compiled else 'without a CUDA decode kernel: Triton decodes'}), "
             f"{projection.calibration['bits_per_element']:.3f} bits per element with scales, "

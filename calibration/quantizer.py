@@ -14,6 +14,8 @@ from vllm_kqsvd.plan import MAX_CODE_BITS
 
 # Steps of a uniform midrise quantizer for unit Gaussians, in standard deviations; the centre of the search grid.
 GAUSSIAN_STEP = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+# Squared error of that quantizer for unit Gaussians, clipping included.
+GAUSSIAN_ERROR = (1.0, 0.3634, 0.11885, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003043, 0.0000877)
 _TABLE_GRID = (0.85, 1.0, 1.15, 1.35, 1.65)
 _STEP_GRID = (0.75, 0.85, 0.93, 1.0, 1.07, 1.15, 1.25, 1.38, 1.55, 1.8, 2.2)
 _GUARDS = (1.0, 1.25, 1.6, 2.0, 3.0)

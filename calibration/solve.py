@@ -5,38 +5,46 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from vllm_kqsvd.calibration.allocate import Table, allocate, catalogue_plans
-from vllm_kqsvd.calibration.basis import Basis, make_basis
+from vllm_kqsvd.calibration.basis import BASES, NESTED, Basis, make_basis
 from vllm_kqsvd.calibration.frames import Frame, distance_law
+from vllm_kqsvd.calibration.head_groups import Sharing, cka, share
 from vllm_kqsvd.calibration.means import MeanFactors, fixed_means, key_means, logit_mean_energy
 from vllm_kqsvd.calibration.metric import kq_metric, metric
 from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.parallel import in_order
+from vllm_kqsvd.calibration.progressive import layer_ranks
 from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, voting
+from vllm_kqsvd.calibration.refit import refit_decoder
 from vllm_kqsvd.calibration.statistics import LayerStatistics
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.reference import decode, encode
+from vllm_kqsvd.ops.scale_byte import decode_scale
 from vllm_kqsvd.plan import GROUP, LayerPlan, SidePlan
 
 logger = logging.getLogger(__name__)
-ROTATED = ("mix", "fisher", "kq", "ksvd", "eigen", "weight_svd")  # bases whose equal-bit tiers are rotated
+ROTATED = tuple(  # bases whose equal-bit tiers are rotated
+    set(BASES) - {"channel_prune", "hadamard", "identity"}
+)
 PLAN_CHOICES = ("auto", "catalogue", "free")
 _TABLE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """basis: name for both sides; center: whether the mean is removed; window, context: exact recent tokens and text
-    length the logit metric assumes; seed of tier rotations and of sample offsets."""
+    """basis: name for both sides; center: whether the mean is removed; nested: channels mix only within groups of 16,
+    so that groups stay in falling order for a cut (cut.py); window, context: exact recent tokens and text length the
+    logit metric assumes; seed of tier rotations and of sample offsets."""
 
     basis: str = "mix"
     center: bool = True
+    nested: bool = False
     max_plans: int = 4
     plans: str = "auto"  # one of PLAN_CHOICES
     window: int = 64
@@ -63,7 +71,6 @@ class SolvedLayer:
     codec: LayerCodec
     spectrum: dict[str, torch.Tensor]
     logit_error: float
-    loss: float
 
 
 def random_rotation(size: int, gen: torch.Generator) -> torch.Tensor:
@@ -75,6 +82,7 @@ def random_rotation(size: int, gen: torch.Generator) -> torch.Tensor:
 def rotate_tiers(basis: Basis, tiers: Sequence[int], seed: int) -> Basis:
     """Random rotations among channels of one tier (tiers[c] equal); error-neutral, makes the channels Gaussian.
 
+    Heads that share a basis share the rotation.
     Variances and weights are recomputed for uncorrelated channels.
     """
     gen = torch.Generator().manual_seed(seed)
@@ -85,19 +93,23 @@ def rotate_tiers(basis: Basis, tiers: Sequence[int], seed: int) -> Basis:
         at = (labels == tier).nonzero()[:, 0]
         for h in range(heads):
             turn[h, at[:, None], at[None, :]] = random_rotation(len(at), gen)
+    turn = turn[list(basis.owner)]
     kept = len(tiers)
     encode_, decode_ = basis.encode[..., :kept] @ turn, turn.mT @ basis.decode[:, :kept]
     square = turn.square().mT
     variance = (square @ basis.variance[:, :kept, None])[..., 0]
     weight = (square @ basis.weight[:, :kept, None])[..., 0]
-    return Basis(encode_, decode_, variance, weight)
+    return Basis(encode_, decode_, variance, weight, basis.owner)
 
 
 class LayerSolver:
-    """Solves one layer; the statistics are read once and may be dropped afterwards."""
+    """Solves one layer; the statistics are read once and may be dropped afterwards. rank: channels that may hold
+    anything, None for all."""
 
-    def __init__(self, layer: LayerInfo, stats: LayerStatistics, frame: Frame, options: SolveOptions) -> None:
-        self.layer, self.frame, self.options = layer, frame, options
+    def __init__(
+        self, layer: LayerInfo, stats: LayerStatistics, frame: Frame, options: SolveOptions, rank: int | None = None
+    ) -> None:
+        self.layer, self.frame, self.options, self.rank = layer, frame, options, rank
         self._seed = options.seed * 10_007 + layer.index
         gen = torch.Generator().manual_seed(self._seed)
         samples = stats.tokens("k").shape[0]
@@ -112,28 +124,61 @@ class LayerSolver:
 
     def _side(self, name: str, stats: LayerStatistics) -> Side:
         frame, options = self.frame, self.options
-        mean, sink = (x.cpu() for x in (stats.mean(name), stats.sink(name)))
-        if not options.center:
-            mean = sink = torch.zeros_like(mean)
+        sharing = self._sharing(name, stats)
+        mean, sink = self._mean_and_sink(name, stats, sharing)
         means = key_means(mean, sink, frame) if name == "k" else fixed_means(mean, sink)
-        moment = (stats.covariance(name) if options.center else stats.second_moment(name)).cpu()
-        if name == "k":
-            moment = frame.average(moment) + means.residual
-            if options.center and frame.mode == "post":  # the mean that stays behind is part of the data
-                rotated = frame.average(stats.mean("k").cpu()[:, :, None] * stats.mean("k").cpu()[:, None, :])
-                moment = moment + rotated - means.mean.mT @ means.mean
+        moment = self._moment(name, stats, mean, means)
         kinds = {
             k: metric(k, name, stats, self.layer, frame, options.window, options.context) for k in self._kinds(stats)
         }
         reference = kinds.get("mix", kinds["kq"])
         weight_gram = None
-        if options.basis == "weight_svd" and (weight := self.layer.projection_weight(name)) is not None:
+        if options.basis in ("weight_svd", "lorc") and (weight := self.layer.projection_weight(name)) is not None:
             weight_gram = weight @ weight.mT
             weight_gram = frame.average(weight_gram) if name == "k" else weight_gram
         query_gram = frame.average(stats.query_gram().cpu()) if name == "k" else None
-        basis = make_basis(options.basis, moment, reference, kinds, query_gram, weight_gram, self._seed)
+        basis = make_basis(options.basis, moment, reference, kinds, query_gram, weight_gram, sharing, self._seed)
+        if self.rank is not None:
+            basis = basis.truncated(self.rank)
         tokens = self._tokens(name, stats, means)
         return Side(name, means, basis, tokens, self._table(basis, tokens))
+
+    def _sharing(self, name: str, stats: LayerStatistics) -> Sharing | None:
+        """The groups of heads that share a basis, for the bases that have them."""
+        if self.options.basis == "recalkv" and name == "k":
+            x = stats.tokens("k")
+            return share(x, cka(x), self.layer.rope, aligned=False)
+        if self.options.basis == "head_merge":  # K and V of a head go together
+            similarity = cka(stats.tokens("k")) + cka(stats.tokens("v"))
+            return share(stats.tokens(name), similarity, self.layer.rope if name == "k" else None, aligned=True)
+        return None
+
+    def _mean_and_sink(
+        self, name: str, stats: LayerStatistics, sharing: Sharing | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is subtracted, before RoPE: [H, d] each. Heads without sinks have their mean twice."""
+        own, sink = (x.cpu() for x in (stats.mean(name), stats.sink(name)))
+        if not self.options.center:
+            return torch.zeros_like(own), torch.zeros_like(own)
+        if self.options.basis != "head_merge" or sharing is None:
+            return own, sink
+        mean = sharing.shared_mean(own)
+        return mean, torch.where((own == sink).all(-1, keepdim=True), mean, sink)
+
+    def _moment(self, name: str, stats: LayerStatistics, mean: torch.Tensor, means: MeanFactors) -> torch.Tensor:
+        """Second moment [H, d, d] in the frame of what is left when `means`, made from `mean`, are removed."""
+        frame = self.frame
+        if not self.options.center:
+            moment = stats.second_moment(name).cpu()
+            return frame.average(moment) + means.residual if name == "k" else moment
+        own = stats.mean(name).cpu()
+        if name == "k" and frame.mode == "post":  # the mean that stays behind is part of the data
+            moved, removed = key_means(own, own, frame).mean, means.mean
+            rotated = frame.average(own[:, :, None] * own[:, None, :]) - moved.mT @ removed - removed.mT @ moved
+            return frame.average(stats.covariance(name).cpu()) + rotated + removed.mT @ removed
+        beside = (own - mean)[:, :, None] * (own - mean)[:, None, :]  # where a head's mean is not its own
+        moment = stats.covariance(name).cpu() + beside
+        return frame.average(moment) + means.residual if name == "k" else moment
 
     def _kinds(self, stats: LayerStatistics) -> tuple[str, ...]:
         has_gradients = stats.gradient_gram("k") is not None
@@ -167,20 +212,9 @@ class LayerSolver:
         """The coder of these plans: tiers rotated, steps and guards fitted, error measured with the reference coder."""
         k, v = (self.coder(n, p) for n, p in (("k", k_plan), ("v", v_plan)))
         codec = LayerCodec(k, v, self.frame.rope, self.frame.rope_block).to("cpu")
-        error = {n: self._error_gram(codec, n) for n in ("k", "v")}
-        logit = float(torch.einsum("hde,hed->", self.kq, error["k"]))
+        logit = float(torch.einsum("hde,hed->", self.kq, self._key_error_gram(codec)))
         spectrum = {n: (s.basis.variance * s.basis.weight).float() for n, s in self.sides.items()}
-        loss = sum(
-            float(torch.einsum("hcd,hde,hce->", root, error[n], root))
-            for n in ("k", "v")
-            for root in (self._reference_root(n),)
-        )
-        return SolvedLayer(codec, spectrum, (max(logit, 0.0) / max(self.logit_energy, 1e-30)) ** 0.5, loss)
-
-    def _reference_root(self, name: str) -> torch.Tensor:
-        """Rows r with sum r r^T = the reference metric, from the basis: encode scaled by the channels' weights."""
-        basis = self.sides[name].basis
-        return (basis.encode * basis.weight.sqrt()[:, None, :]).mT
+        return SolvedLayer(codec, spectrum, (max(logit, 0.0) / max(self.logit_energy, 1e-30)) ** 0.5)
 
     def coder(self, name: str, plan: SidePlan) -> SideCodec:
         """One side's coder under a plan."""
@@ -188,7 +222,8 @@ class LayerSolver:
         bits = [b for b in plan.group_bits for _ in range(GROUP)]
         basis = side.basis
         if self.options.basis in ROTATED:
-            basis = rotate_tiers(basis, bits, self._seed + 1)
+            nested = self.options.nested or self.options.basis in NESTED
+            basis = rotate_tiers(basis, [c // GROUP for c in range(len(bits))] if nested else bits, self._seed + 1)
         encode_, decode_ = basis.encode[..., : plan.rank], basis.decode[:, : plan.rank]
         z = torch.einsum("nhd,hdc->nhc", side.tokens, encode_.to(side.tokens))
         weight = basis.weight[:, : plan.rank].to(z)
@@ -196,7 +231,7 @@ class LayerSolver:
             z, torch.tensor(bits, device=z.device), weight, voting(z.square().mean(0), weight)
         )
         wide = step.double().cpu()
-        return SideCodec(
+        coder = SideCodec(
             plan,
             (encode_ / wide[:, None, :]).float(),
             (decode_ * wide[..., None]).float(),
@@ -206,13 +241,26 @@ class LayerSolver:
             side.means.mean.float(),
             side.means.sink.float(),
         )
+        return self._refitted(coder, side) if self.options.basis == "recalkv" and name == "v" else coder
 
-    def _error_gram(self, codec: LayerCodec, name: str) -> torch.Tensor:
-        """Second moment of the coding error over the sample tokens, [H, d, d] float64."""
-        side, coder = self.sides[name], codec.k if name == "k" else codec.v
+    def _refitted(self, coder: SideCodec, side: Side) -> SideCodec:
+        """The coder with its decoder fitted to the codes of the sample tokens."""
+        codes, scale = self._codes(coder, side)
+        zero = 2.0 ** (coder.channel_bits() - 1) - 0.5
+        coded = (codes - zero) * decode_scale(scale)[0][..., None]
+        return replace(coder, decode=refit_decoder(coded, side.tokens.cpu(), coder.decode).float())
+
+    def _codes(self, coder: SideCodec, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scale bytes) of the sample tokens."""
+        offsets = self._offsets[: side.tokens.shape[0]]
+        return encode(side.tokens.cpu() + side.means.at(offsets)[0].float(), offsets, coder)
+
+    def _key_error_gram(self, codec: LayerCodec) -> torch.Tensor:
+        """Second moment of the keys' coding error over the sample tokens, [H, d, d] float64."""
+        side = self.sides["k"]
         offsets = self._offsets[: side.tokens.shape[0]]
         x = side.tokens.cpu() + side.means.at(offsets)[0].float()
-        error = (decode(*encode(x, offsets, coder), offsets, coder) - x).double()
+        error = (decode(*self._codes(codec.k, side), offsets, codec.k) - x).double()
         return torch.einsum("nhd,nhe->hde", error, error) / error.shape[0]
 
 
@@ -239,8 +287,9 @@ def solve(
     options: SolveOptions,
 ) -> list[SolvedLayer]:
     """Coders of all layers, each `total_bytes` of planes per token and KV head."""
-    inputs = list(zip(layers, statistics, frames, strict=True))
-    solvers = list(in_order(lambda x: LayerSolver(x[0], x[1], x[2], options), inputs, options.device))
+    ranks: Sequence[int | None] = layer_ranks(layers) if options.basis == "lorc" else [None] * len(layers)
+    inputs = list(zip(layers, statistics, frames, ranks, strict=True))
+    solvers = list(in_order(lambda x: LayerSolver(x[0], x[1], x[2], options, x[3]), inputs, options.device))
     among = plans_to_choose_from(options.plans, layers[0].head_dim, {f.rope_block for f in frames}, total_bytes)
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     plans = allocate(tables, total_bytes, options.max_plans, among)

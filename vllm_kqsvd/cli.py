@@ -18,6 +18,7 @@ from vllm_kqsvd.errors import KQSVDError
 # verb -> (module with add_arguments(parser) and run(args) -> int, help)
 VERBS = {
     "calibrate": ("vllm_kqsvd.calibration.cli", "make a projection for a model from sample text"),
+    "cut": ("vllm_kqsvd.calibration.cut", "make a projection of fewer bits from a projection alone"),
     "inspect": ("vllm_kqsvd.inspect_projection", "show what a projection holds"),
     "verify": ("vllm_kqsvd.verify", "measure KL and perplexity of a projection on text"),
     "plan": ("vllm_kqsvd.plan_capacity", "tell how many tokens and users fit in a GPU's memory"),

@@ -62,7 +62,7 @@ def test_every_basis_is_invertible_and_sorted(name: str) -> None:
     basis = make_basis(name, cov, kinds["mix"], kinds, gq, gw)
     eye = torch.eye(48, dtype=F64)
     assert (basis.encode @ basis.decode - eye).abs().max() < 1e-8
-    if name != "channel_prune":
+    if name not in ("channel_prune", "lorc", "matryoshka"):  # these have an order of their own
         energy = basis.variance * basis.weight
         assert (energy[:, 1:] <= energy[:, :-1] * (1 + 1e-9)).all()
     turned = rotate_tiers(basis, [c // 16 for c in range(48)], 1)
