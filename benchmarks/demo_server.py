@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process for the demo and the benchmarks: started, waited for, asked for its own numbers, stopped."""
+"""A `vllm serve` process for demo, benchmarks and tests: started, waited for, asked, looked at, stopped."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,81 +11,132 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 START_SECONDS = 600
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Server:
-    """`vllm serve MODEL ARGUMENTS` on a free local port, as a context manager.
+    """`vllm serve MODEL ARGUMENTS` on a local port (a free one if it is 0), as a context manager.
 
-    Output goes to `log`. Raises RuntimeError with the log's end if the server stops or is not ready in time.
+    Output goes to `log`; `environment` is added to this process's. Raises RuntimeError with the log's end if the
+    server stops or is not ready in time.
     """
 
-    def __init__(self, model: Path, arguments: list[str], log: Path) -> None:
-        self.log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+    process: subprocess.Popen[bytes]
+
+    def __init__(
+        self, model: Path, arguments: list[str], log: Path, port: int = 0, environment: Mapping[str, str] = OFFLINE
+    ) -> None:
+        self.log, self.port, self.environment = log, port or free_port(), environment
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
 
-    def __enter__(self) -> Server:
-        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    def start(self) -> None:
+        """Start the process, without waiting for it."""
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | offline,
-                start_new_session=True,  # so that the engine's processes can be stopped together
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # so that the engine's processes can be found and stopped together
             )
+
+    def __enter__(self) -> Server:
+        self.start()
         try:
-            self._wait()
+            self.wait_ready()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop()
+        self.stop()
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read().decode()
 
-    def _wait(self) -> None:
+    def wait_ready(self) -> None:
+        """Return once the server answers."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"vllm serve stopped with code {self.process.returncode}:\n{self._tail()}")
+                raise RuntimeError(f"vllm serve stopped with code {self.process.returncode}:\n{self.tail()}")
             try:
                 self._get("/health")
                 return
-            except (urllib.error.URLError, OSError):
+            except OSError:
                 time.sleep(0.5)
-        raise RuntimeError(f"vllm serve was not ready within {START_SECONDS} s:\n{self._tail()}")
+        raise RuntimeError(f"vllm serve was not ready within {START_SECONDS} s:\n{self.tail()}")
 
-    def _tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+    def tail(self, lines: int = 30) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End it kindly, then for sure, with every process it started."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
                 self.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         self.process.wait()
+
+    def members(self) -> dict[int, str]:
+        """Living processes of the server's session: id -> title."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                stat = (entry / "stat").read_text()
+                title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue
+            fields = stat[stat.rindex(")") + 2 :].split()
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found[int(entry.name)] = title
+        return found
+
+    def post(self, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+        """One completion."""
+        request = urllib.request.Request(
+            self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            return json.load(answer)
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric on /metrics, summed over its labels."""
+        found: dict[str, float] = {}
+        for line in self._get("/metrics").splitlines():
+            if not line.startswith("#"):
+                name = re.split("[{ ]", line, maxsplit=1)[0]
+                found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+        return found
 
     def kv_tokens(self) -> int:
         """Tokens of KV cache that vLLM itself reports, over all cache groups."""

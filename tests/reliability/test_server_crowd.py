@@ -9,7 +9,6 @@ step must have taken a token that is less than NEAR behind the solo run's best.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections import Counter
@@ -21,10 +20,12 @@ import pytest
 pytest.importorskip("vllm")
 aiohttp = pytest.importorskip("aiohttp")
 
+from benchmarks import answers  # noqa: E402
+from benchmarks.answers import Solo, body_of, solo  # noqa: E402
 from tests.attention.models import write_model, write_projection  # noqa: E402
 from tests.attention.runs import prompt_of  # noqa: E402
 from tests.reliability import sized  # noqa: E402
-from tests.reliability.server import Server, Solo, assert_dies_clearly, body_of, solo  # noqa: E402
+from tests.reliability.server import Server, assert_dies_clearly  # noqa: E402
 from vllm_kqsvd.projection import load_projection  # noqa: E402
 
 NEAR = 0.05  # log probability
@@ -48,7 +49,8 @@ def server(folder: Path) -> Iterator[Server]:
     """The server, ready."""
     running = Server(folder / "model", folder / "p", folder / "server.log")
     try:
-        yield running.wait_ready()
+        running.wait_ready()
+        yield running
     finally:
         running.stop()
 
@@ -64,19 +66,18 @@ def known(server: Server) -> list[tuple[list[int], Solo]]:
 
 def compare(alone: Solo, got: list[int]) -> str:
     """ "same", "near" (parts where two tokens are nearly equal) or a complaint."""
-    for i, (a, b) in enumerate(zip(alone.tokens, got, strict=False)):
-        if a != b:
-            behind = alone.behind[i].get(f"w{b}", float("inf"))
-            if behind < NEAR:
-                turned.append(behind)
-                return "near"
-            return f"step {i}: token {b} instead of {a}, {behind:.3f} behind"
-    return "same" if len(got) <= len(alone.tokens) else "longer than asked"
+    parted = answers.compare(alone, got)
+    if parted is None:
+        return "same"
+    if parted.behind < NEAR:
+        turned.append(parted.behind)
+        return "near"
+    return f"step {parted.step}: a token {parted.behind:.3f} behind the best"
 
 
 async def complete(session: aiohttp.ClientSession, url: str, prompt: list[int], alone: Solo) -> str:
     """One whole answer."""
-    async with session.post(url, json=body_of(prompt, SHORT_TOKENS)) as answer:
+    async with session.post(url + "/v1/completions", json=body_of(prompt, SHORT_TOKENS)) as answer:
         if answer.status != 200:
             return f"status {answer.status}: {(await answer.text())[:200]}"
         data = await answer.json()
@@ -88,27 +89,16 @@ async def complete(session: aiohttp.ClientSession, url: str, prompt: list[int], 
 
 async def stream(session: aiohttp.ClientSession, url: str, prompt: list[int], alone: Solo, leave: bool) -> str:
     """One answer token by token; `leave` closes the connection in the middle of it."""
-    tokens: list[int] = []
-    done = 0
-    async with session.post(url, json=body_of(prompt, len(alone.tokens), stream=True)) as answer:
-        if answer.status != 200:
-            return f"status {answer.status}: {(await answer.text())[:200]}"
-        async for line in answer.content:
-            text = line.decode().strip()
-            if text == "data: [DONE]":
-                done += 1
-            elif text.startswith("data: "):
-                tokens += json.loads(text[6:])["choices"][0].get("token_ids") or []
-                if leave and len(tokens) >= len(alone.tokens) // 2:
-                    break
-    if not leave and (len(tokens) != len(alone.tokens) or done != 1):
-        return f"stream of {len(tokens)} tokens, {done} ends"
-    return compare(alone, tokens)
+    body, half = body_of(prompt, len(alone.tokens)), len(alone.tokens) // 2
+    try:
+        return compare(alone, await answers.streamed(session, url, body, half if leave else None))
+    except RuntimeError as e:
+        return str(e)
 
 
 async def crowd(server: Server, known: list[tuple[list[int], Solo]], middle: asyncio.Future[None]) -> Counter[str]:
     """All requests, AT_ONCE at a time, beside all streams at once."""
-    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    url = server.url
     rng, results = random.Random(9), Counter[str]()
     gate = asyncio.Semaphore(AT_ONCE)
     long = [k for k in known if len(k[1].tokens) == STREAM_TOKENS]

@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from benchmarks.answers import solo  # noqa: E402
 from tests.attention.models import write_model, write_projection  # noqa: E402
 from tests.attention.runs import prompt_of  # noqa: E402
 from tests.reliability import LONG  # noqa: E402
-from tests.reliability.server import Server, assert_dies_clearly, solo  # noqa: E402
+from tests.reliability.server import Server, assert_dies_clearly  # noqa: E402
 
 OPTIONS = {"tensor-parallel-size": 2, "max-num-seqs": 8, "kv-cache-memory-bytes": 16 << 20}
 
