@@ -137,3 +137,38 @@ def write_projection(
         )
     save_projection(Projection(fingerprint, entries), folder)
     return folder
+
+
+def write_quantized(folder: Path, model: Path, dtype: torch.dtype) -> Path:
+    """The Llama of `write_model` with 8-bit weights (int8 or float8_e4m3fn) per channel, as compressed-tensors."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    most = 127.0 if dtype == torch.int8 else 448.0
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / most
+        scaled = weight / scale
+        tensors[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+        tensors[name + "_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    kind = "int" if dtype == torch.int8 else "float"
+    eight = {"num_bits": 8, "type": kind, "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
