@@ -188,11 +188,12 @@ def main() -> None:
         with options.output.open(newline="") as f:
             done = {tuple(r[k] for k in KEY) for r in csv.DictReader(f)}
     todo = [(c, b) for b in options.bits for c in cases() if c.study in options.studies]
-    lab, new = Lab(options), not options.output.exists()
+    lab = Lab(options)
     with options.output.open("a", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        if new:
+        if f.tell() == 0:
             writer.writeheader()
+            f.flush()
         for case, bits in tqdm(todo, desc="measuring", unit="row"):
             key = (options.model.name, case.study, case.setting, case.text, f"{bits:g}", str(options.context))
             if key not in done:
