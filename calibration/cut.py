@@ -29,15 +29,15 @@ from vllm_kqsvd.projection import LayerEntry, Projection, load_projection, save_
 
 
 def group_energy(spectrum: torch.Tensor, plan: SidePlan, nested: bool) -> torch.Tensor:
-    """Energy of each kept group in metric units, summed over heads: [groups] float64; spectrum [H, d].
+    """Energy of each kept group in metric units: [H, groups] float64; spectrum [H, d].
 
     Unless nested, the groups of one width were mixed with each other and have equal shares of their energy.
     """
-    kept = spectrum[:, : plan.rank].double().sum(0).reshape(-1, GROUP).sum(-1)
+    kept = spectrum[:, : plan.rank].double().reshape(len(spectrum), -1, GROUP).sum(-1)
     if nested:
         return kept
     widths = torch.tensor(plan.group_bits)
-    return torch.stack([kept[widths == w].mean() for w in plan.group_bits])
+    return torch.stack([kept[:, widths == w].mean(-1) for w in plan.group_bits], -1)
 
 
 def gaussian_table(spectrum: torch.Tensor, plan: SidePlan, nested: bool) -> Table:
@@ -45,13 +45,18 @@ def gaussian_table(spectrum: torch.Tensor, plan: SidePlan, nested: bool) -> Tabl
     such group, so that it stays dropped."""
     table = np.full((spectrum.shape[-1] // GROUP, len(GAUSSIAN_ERROR)), np.inf)
     table[:, 0] = spectrum.double().sum(0).reshape(-1, GROUP).sum(-1).numpy()
-    energy = group_energy(spectrum, plan, nested).numpy()
+    energy = group_energy(spectrum, plan, nested).sum(0).numpy()
     table[: len(energy)] = energy[:, None] * np.asarray(GAUSSIAN_ERROR)
     return table
 
 
-def cut_side(side: SideCodec, plan: SidePlan) -> SideCodec:
-    """The same coder with fewer channels or bits: plan keeps a prefix of the side's groups."""
+def cut_side(side: SideCodec, plan: SidePlan, energy: torch.Tensor) -> SideCodec:
+    """The same coder with fewer channels or bits: plan keeps a prefix of the side's groups; energy: of `group_energy`.
+
+    Ranges shrink with the codes, so guards grow, up to where they cost more than they save (quantizer.fit_quantizer).
+    """
+    if plan == side.plan:
+        return side
     old = side.channel_bits()[: plan.rank]
     new = torch.tensor(plan.group_bits).repeat_interleave(GROUP)
     steps = torch.tensor(GAUSSIAN_STEP, dtype=side.encode.dtype)
@@ -59,13 +64,16 @@ def cut_side(side: SideCodec, plan: SidePlan) -> SideCodec:
     votes = (side.scale_weight > 0).sum(-1, keepdim=True)
     weight = side.scale_weight[:, : plan.rank]
     left = (weight > 0).sum(-1, keepdim=True).clamp_min(1)  # the scale is a mean over the channels that vote
+    noise = energy[:, : plan.num_groups].repeat_interleave(GROUP, -1) * steps[new].double().square()
+    limit = 2 * (noise / noise.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
+    guard = side.guard_weight[:, : plan.rank] * 2.0 ** (old - new)
     return replace(
         side,
         plan=plan,
         encode=(side.encode[..., : plan.rank] / wider).contiguous(),
         decode=(side.decode[:, : plan.rank] * wider[:, None]).contiguous(),
         scale_weight=weight * wider.square() * (votes / left),
-        guard_weight=side.guard_weight[:, : plan.rank] * 2.0 ** (old - new),
+        guard_weight=guard.minimum(limit.to(guard)),
     )
 
 
@@ -99,8 +107,12 @@ def cut(projection: Projection, bits: float, plans: str | None = None, max_plans
     layers, predicted = {}, []
     for n, (entry, plan, (table, _)) in enumerate(zip(entries, chosen, tables, strict=True)):
         codec = entry.codec
-        smaller = LayerCodec(cut_side(codec.k, plan.k), cut_side(codec.v, plan.v), codec.rope, codec.rope_block)
-        layers[entry.index] = replace(entry, codec=smaller)
+        assert entry.spectrum is not None
+        k, v = (
+            cut_side(side, new, group_energy(entry.spectrum[name], side.plan, nested))
+            for name, side, new in (("k", codec.k, plan.k), ("v", codec.v, plan.v))
+        )
+        layers[entry.index] = replace(entry, codec=LayerCodec(k, v, codec.rope, codec.rope_block))
         if projection.predicted:
             more = side_losses(plan.k, table) / max(side_losses(codec.k.plan, table), 1e-300)
             predicted.append(projection.predicted[n] * max(1.0, more) ** 0.5)

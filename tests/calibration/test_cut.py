@@ -73,7 +73,9 @@ def test_a_cut_is_close_to_solving_again(solved: Solve, bits: float, nested: boo
     # The split between K and V may differ; the same plan must cost little more without the tokens.
     last = max(again.layers)
     plan = again.layers[last].codec.v.plan
-    same_plan = cut_side(found[4.0, nested].layers[last].codec.v, plan)
+    entry = found[4.0, nested].layers[last]
+    assert entry.spectrum is not None
+    same_plan = cut_side(entry.codec.v, plan, group_energy(entry.spectrum["v"], entry.codec.v.plan, nested))
     assert error(same_plan, values) < 1.15 * error(again.layers[last].codec.v, values)
     assert all(0.5 < p / q < 2 for p, q in zip(loaded.predicted, again.predicted, strict=True))
 
@@ -86,11 +88,28 @@ def test_nested_order_makes_the_better_cut(solved: Solve) -> None:
     assert nested.layers[0].codec.k.plan.group_bits == found[2.0, True].layers[0].codec.k.plan.group_bits
 
 
-def test_cutting_to_the_same_plan_changes_nothing(solved: Solve) -> None:
-    side = solved[0][4.0, False].layers[1].codec.v
-    same = cut_side(side, side.plan)
-    for name in ("encode", "decode", "scale_weight", "guard_weight"):
-        assert torch.equal(getattr(same, name), getattr(side, name))
+def test_steps_and_scales_follow_the_widths() -> None:
+    """On Gaussian channels the cut has the steps of the fewer bits and the same token scale."""
+    wide, narrow = planes_for([4, 4, 4, 4]), planes_for([2, 2])
+    assert wide is not None
+    assert narrow is not None
+    step = torch.full((1, 64), GAUSSIAN_STEP[4])
+    eye, mean = torch.eye(64)[None], torch.zeros(1, 1, 64)
+    side = SideCodec(
+        wide, eye / step[:, None], eye * step[..., None], step**2 / 64, step / 10, torch.ones(1, 1), mean, mean
+    )
+    energy = torch.full((1, 4), 16.0)
+    small = cut_side(side, narrow, energy)
+    assert torch.allclose(1 / small.encode[0].diagonal(), torch.full((32,), GAUSSIAN_STEP[2]))
+    assert torch.allclose(small.encode @ small.decode, eye[:, :, :32] @ eye[:, :32])
+    x = torch.randn(4000, 1, 64, generator=torch.Generator().manual_seed(1))
+    scale = (small.scale_weight * (x @ small.encode[0]).square()).sum(-1).sqrt()
+    assert torch.allclose(scale, x[..., :32].square().mean(-1).sqrt())
+    assert (small.guard_weight <= 2 / 32**0.5 + 1e-6).all()
+    at = torch.zeros(4000, dtype=torch.long)
+    left = decode(*encode(x, at, small), at, small)[..., :32] - x[..., :32]
+    assert float(left.square().mean()) == pytest.approx(GAUSSIAN_ERROR[2], rel=0.1)
+    assert cut_side(side, wide, energy) is side
 
 
 def test_a_cut_may_be_cut_again(solved: Solve) -> None:
@@ -106,8 +125,8 @@ def test_mixed_groups_share_their_energy_and_lost_ones_stay_lost() -> None:
     spectrum = torch.tensor([8.0, 4.0, 2.0, 1.0]).repeat_interleave(16)[None]
     plan = planes_for([4, 2, 2])
     assert plan is not None
-    assert group_energy(spectrum, plan, nested=True).tolist() == [128, 64, 32]
-    assert group_energy(spectrum, plan, nested=False).tolist() == [128, 48, 48]
+    assert group_energy(spectrum, plan, nested=True).tolist() == [[128, 64, 32]]
+    assert group_energy(spectrum, plan, nested=False).tolist() == [[128, 48, 48]]
     table = gaussian_table(spectrum, plan, nested=True)
     assert table[:, 0].tolist() == [128, 64, 32, 16]
     assert np.isinf(table[3, 1:]).all()
