@@ -80,6 +80,37 @@ def test_installed_command_works(clean: Clean) -> None:
     assert "--gradient-windows" in clean.run(command, "calibrate", "--help")
 
 
+CONSUMER = """
+from vllm_kqsvd.capacity import latent
+from vllm_kqsvd.plan import LayerPlan, planes_for
+from vllm_kqsvd.projection import load_projection, save_projection
+
+projection = load_projection("folder")
+reveal_type(projection.bytes_per_token)
+reveal_type(projection.layers[0].codec.plan)
+reveal_type(planes_for([4] * 8))
+reveal_type(latent("x", 204, 384).tokens(1 << 30, 4096))
+save_projection(projection)
+width: int = projection.digest
+"""
+
+
+def test_types_reach_whoever_uses_the_package(clean: Clean, tmp_path: Path) -> None:
+    """py.typed is found: mypy knows the installed package's types, and wrong uses are errors."""
+    pytest.importorskip("mypy")
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*,numpy.*,transformers.*]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", clean.python, "consumer.py"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    found = re.findall(r"^consumer\.py:\d+: (?:note|error): (.+)$", done.stdout, re.M)
+    revealed = [line.split('"')[1] for line in found if line.startswith("Revealed type")]
+    assert [r.removeprefix("builtins.") for r in revealed] == [
+        "int", "vllm_kqsvd.plan.LayerPlan", "vllm_kqsvd.plan.SidePlan | None", "int"
+    ], done.stdout + done.stderr  # fmt: skip
+    errors = [line for line in found if not line.startswith("Revealed type")]
+    assert len(errors) == 2 and "[call-arg]" in errors[0] and "[assignment]" in errors[1], done.stdout
+
+
 def interpreter(version: str) -> str | None:
     """A Python of that version that starts: on PATH, or one that pyenv keeps."""
     kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob(f"{version}.*/bin/python")
