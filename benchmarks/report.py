@@ -15,17 +15,39 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks import decode_fit, decode_plot, fidelity_plot, serving_plot, speed_plot
-from benchmarks.report_tables import PROVENANCE, RESULTS, Row, newest, number, pivot, provenance, read, table
+from benchmarks.report_tables import (
+    PROVENANCE,
+    RESULTS,
+    Row,
+    newest,
+    number,
+    pivot,
+    provenance,
+    read,
+    recorded,
+    table,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
-SHOWN = {"decode_attention", "fidelity", "serving", "store_latent"}
+SHOWN = {"decode_attention", "fidelity", "serving", "serving_load", "store_latent"}
 LONGEST = 40  # rows of a table on the page
 HEADER = """# Results
 
 Made by `python -m benchmarks.report` from the CSV files under [benchmarks/results](../benchmarks/results);
 do not edit. Bits count scales. Compare within a table: hardware, versions, date and command stand under it.
 """
+LOAD_TEXT = (
+    "`vllm bench serve` against `vllm serve`, prompts included, every format with the same bytes of cache. The client "
+    'keeps so many requests open ("at a time"); what does not fit the cache waits, as the time to the first token '
+    'shows. "Ran at once" is the most that the server itself reported.'
+)
+CPU_TEXT = (
+    "On a CPU these rows show how many requests each cache admits, and that serving under load works. They say nothing "
+    "about speed on a GPU: the plugin's CPU path is the format's definition in PyTorch, not a fast kernel, and one "
+    "core is bound by the model's own arithmetic, so more requests at once do not make more tokens a second. Other "
+    "programs ran on the machine; the formats took turns at every load."
+)
 
 
 def image(name: str, text: str) -> str:
@@ -138,9 +160,10 @@ def fidelity_lines(rows: list[Row]) -> list[list[str]]:
 
 
 def serving_section() -> str:
-    """Throughput at a full cache, and throughput against latency under load."""
-    full = [r for r in read("serving") if r["tok_s"] and not r.get("tpot_p50")]
-    full = newest(full, ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests"))
+    """Throughput at a full cache."""
+    full = newest(
+        read("serving"), ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests")
+    )
     head = ["model", "GPUs", "KV cache", "bits", "KV tokens", "requests", "tokens each", "output tok/s"]
     lines = [
         [
@@ -149,38 +172,39 @@ def serving_section() -> str:
         ]
         for r in full
     ]  # fmt: skip
-    parts = [
-        "## Throughput at a full cache",
+    text = (
         "Requests start with their context in the cache; random weights and bases of the model's shape. Filling the "
-        "cache is part of the time, except with `--startup-fill`.",
-        table(head, lines),
-        provenance(full),
-        "## Under load: throughput against latency",
-    ]
-    load = serving_plot.load_rows()
-    if not load:
-        return "\n\n".join([*parts, "No rows yet."])
-    serving_plot.draw(load, IMAGES / "serving_load.png")
-    head = ["model", "load", "KV cache", "bits", "output tok/s", "TTFT p50, ms", "p99", "ms per token p50", "p99"]
+        "cache is part of the time, except with `--startup-fill`."
+    )
+    return "\n\n".join(["## Throughput at a full cache", text, table(head, lines), provenance(full)])
+
+
+def load_section() -> str:
+    """Throughput against latency under load."""
+    rows = serving_plot.load_rows()
+    title = "## Under load: throughput against latency"
+    if not rows:
+        return f"{title}\n\nNo rows yet."
+    serving_plot.draw(rows, IMAGES / "serving_load.png")
+    head = ["model", "load", "at a time", "KV cache", "bits", "KV tokens", "ran at once", "output tok/s"]
+    head += ["TTFT p50, ms", "p99", "ms per token p50", "p99"]
     lines = [
         [
-            r["model"], serving_plot.load_name(r), r["format"].replace("auto", "bf16"), number(r["bits"], 2),
-            number(r["tok_s"]), *(number(r[k], 1) for k in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")),
+            r["model"], f"{r['requests']} x {serving_plot.load_name(r)}", str(serving_plot.at_a_time(r)),
+            r["format"].replace("auto", "bf16"), number(r["bits"], 2), number(r["kv_tokens"]), r["running"],
+            number(r["tok_s"], 1), *(number(r[k]) for k in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")),
         ]
-        for r in load
+        for r in rows
     ]  # fmt: skip
-    text = (
-        "`vllm bench serve` with real prefill against `vllm serve`; each point is a format, its line reaches to the "
-        "99th percentile. Random weights."
-    )
-    return "\n\n".join(
-        [*parts, text, image("serving_load", "throughput against latency"), table(head, lines), provenance(load)]
-    )
+    parts = [title, LOAD_TEXT, image("serving_load", "throughput against latency"), table(head, lines)]
+    if any(r["device"].startswith("CPU") for r in rows):
+        parts.append(CPU_TEXT)
+    return "\n\n".join([*parts, provenance(rows)])
 
 
 def store_section() -> str:
-    """Storing one step's tokens."""
-    rows = newest(read("store_latent"), ("device", "bits", "tokens", "arm"))
+    """Storing one step's tokens. Rows without a command are of an older kernel and stay in the CSV."""
+    rows = newest(list(filter(recorded, read("store_latent"))), ("device", "bits", "tokens", "arm"))
     head, lines = pivot(rows, ["bits", "tokens"], "arm", "us", list(dict.fromkeys(r["arm"] for r in rows)))
     parts = ["## Storing", "Microseconds per layer for a step's tokens (rotate, project, scale, pack; vLLM: copy)."]
     return "\n\n".join([*parts, table(head, lines), provenance(rows, "python -m benchmarks.store_latent")])
@@ -206,7 +230,15 @@ def main() -> None:
     """Write the page, its plots and the speed table."""
     IMAGES.mkdir(exist_ok=True)
     decode_fit.main()
-    sections = (serving_section, decode_section, fidelity_section, served_section, store_section, other_sections)
+    sections = (
+        serving_section,
+        load_section,
+        decode_section,
+        fidelity_section,
+        served_section,
+        store_section,
+        other_sections,
+    )
     page = "\n\n".join([HEADER.rstrip(), *filter(None, (s() for s in sections))])
     (DOCS / "results.md").write_text(page + "\n")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("date", "device", "versions", "torch", "vllm", "command")
+UNKNOWN = "not recorded"  # the command of rows older than that column
 Row = dict[str, str]
 
 
@@ -23,11 +24,18 @@ def read(name: str) -> list[Row]:
 
 
 def newest(rows: list[Row], keys: Iterable[str]) -> list[Row]:
-    """The last row of every combination of `keys`, in order of first appearance."""
+    """The last row of every combination of `keys`, in order of first appearance; one with a command before others."""
     keys, out = tuple(keys), {}
     for row in rows:
-        out[tuple(row.get(k, "") for k in keys)] = row
+        key = tuple(row.get(k, "") for k in keys)
+        if key not in out or recorded(row) or not recorded(out[key]):
+            out[key] = row
     return list(out.values())
+
+
+def recorded(row: Row) -> bool:
+    """Whether the row says which command made it."""
+    return row.get("command", "") != UNKNOWN
 
 
 def versions(row: Row) -> str:
@@ -42,9 +50,11 @@ def provenance(rows: list[Row], command: str = "") -> str:
     def distinct(values: Iterable[str]) -> list[str]:
         return sorted({v for v in values if v})
 
-    commands = distinct(row.get("command", "") for row in rows) or [command]
+    commands = distinct(row.get("command", "") for row in rows if recorded(row)) or [command]
     more = f" and {len(commands) - 2} more like it" if len(commands) > 2 else ""
     shown = ", ".join(f"`{shorten(c)}`" for c in commands[:2]) + more
+    old = sum(not recorded(row) for row in rows)
+    shown += f"; {old} of {len(rows)} figures are older, their exact command was not recorded" if old else ""
     dates = distinct(row.get("date", "") for row in rows)
     when = dates[0] if len(dates) < 2 else f"{dates[0]} to {dates[-1]}"
     what = "; ".join(distinct(versions(row).replace(";", ",") for row in rows))

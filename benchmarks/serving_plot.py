@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot of serving under load: output tokens per second against time per output token, one panel per load.
+"""Curves of serving under load: output tokens per second against latency, one row of panels per model and load.
 
 python -m benchmarks.serving_plot OUT.png [--model NAME]
 """
@@ -23,51 +23,60 @@ ARMS = {  # format -> (label, colour)
     "kqsvd-2.5": ("ours, 2.6 bits", "tab:red"),
     "kqsvd-2": ("ours, 2.1 bits", "tab:orange"),
 }
+AXES = {  # latency -> label
+    "tpot": "ms per output token, median to p99",
+    "ttft": "ms to the first token, median to p99",
+}
+KEYS = ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests", "concurrency")
 
 
 def load_name(row: Row) -> str:
-    """What was asked for, from the lengths."""
+    """What was asked for: lengths, and GPUs if several."""
     ask = f"{row['input_len']} in, {row['output_len']} out" if row["input_len"].isdigit() else row["input_len"]
-    return f"{ask}, {row['requests']} requests" + (f", TP {row['tensor_parallel']}" if _ranks(row) > 1 else "")
+    return ask + (f", TP {row['tensor_parallel']}" if int(row.get("tensor_parallel") or 1) > 1 else "")
 
 
-def _ranks(row: Row) -> int:
-    return int(row.get("tensor_parallel") or 1)
+def at_a_time(row: Row) -> int:
+    """How many requests the client kept open."""
+    return int(row.get("concurrency") or row["requests"])
 
 
 def load_rows() -> list[Row]:
-    """The newest rows measured with real prefill (`vllm bench serve`), those with latencies."""
-    rows = [r for r in read("serving") if r.get("tpot_p50") and r.get("tok_s")]
-    return newest(rows, ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests"))
+    """The newest row of every format, load and concurrency, by load."""
+    rows = newest([r for r in read("serving_load") if r.get("tok_s")], KEYS)
+    return sorted(rows, key=lambda r: (r["device"], r["model"], load_name(r), at_a_time(r)))
 
 
 def draw(rows: list[Row], out: Path) -> None:
-    """One panel per model and load; up and to the left is better."""
+    """Per model, load and device a panel for each latency; up and to the left is better."""
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    panels: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        panels[row["model"], load_name(row)].append(row)
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel, ((model, load), found) in zip(axes, panels.items(), strict=False):
-        for row in found:
-            label, colour = ARMS.get(row["format"], (row["format"], "tab:cyan"))
-            x, tail, y = float(row["tpot_p50"]), float(row["tpot_p99"] or row["tpot_p50"]), float(row["tok_s"])
-            panel.plot([x, tail], [y, y], "-", color=colour, alpha=0.5)
-            panel.plot(x, y, "o", color=colour, label=label, markersize=8)
-        panel.set(xlabel="ms per output token, median to p99", title=f"{model}: {load}", xlim=(0, None), ylim=(0, None))
-        panel.title.set_fontsize(9)
-        panel.grid(alpha=0.3)
-    for panel in axes[len(panels) :]:
-        panel.set_visible(False)
-    for first in axes[::columns]:
-        first.set_ylabel("output tokens per second")
-    handles = {h.get_label(): h for a in axes for h in a.get_lines() if not h.get_label().startswith("_")}
+        panels[row["device"], row["model"], load_name(row)][row["format"]].append(row)
+    figure = Figure(figsize=(9.6, 3.6 * len(panels) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), len(AXES), squeeze=False)
+    for line, ((device, model, load), found) in zip(axes, panels.items(), strict=True):
+        for panel, (latency, label) in zip(line, AXES.items(), strict=True):
+            for name, curve in found.items():
+                title, colour = ARMS.get(name, (name, "tab:cyan"))
+                y = [float(r["tok_s"]) for r in curve]
+                x = [float(r[f"{latency}_p50"]) for r in curve]
+                panel.plot(x, y, "o-", color=colour, label=title)
+                tails = [float(r[f"{latency}_p99"] or m) for r, m in zip(curve, x, strict=True)]
+                panel.hlines(y, x, tails, color=colour, alpha=0.35)
+                for row, at in zip(curve, zip(x, y, strict=True), strict=True):
+                    panel.annotate(
+                        str(at_a_time(row)), at, (3, 4), textcoords="offset points", fontsize=7, color=colour
+                    )
+            panel.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel("output tokens per second")
+        line[0].set_title(f"{model}: {load}", fontsize=9)
+        line[-1].set_title(device, fontsize=9)
+    handles = {h.get_label(): h for a in axes.flat for h in a.get_lines() if not h.get_label().startswith("_")}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(f"Serving under load, {', '.join(sorted({r['device'] for r in rows}))}")
+    figure.suptitle("Serving under load; numbers at the points: requests at a time", fontsize=10)
     figure.savefig(out, dpi=110)
 
 
