@@ -120,20 +120,41 @@ __device__ __forceinline__ void absorb(uint32_t (&b)[2][2 * (Cf::GK + 1)], const
   if constexpr (first < blocks) absorb_chain<Cf, first, blocks - first>(b, a, image);
 }
 
-// Minus the zero-point term of the scores of one fragment, in accumulator units: columns 2t, 2t + 1. Computed from the
+// Minus the zero-point terms of the scores of both fragments, in accumulator units: columns 2t, 2t + 1, twice. Computed from the
 // rounded query, so that rounding errors meet centred codes.
+// A group's four words of both fragments are one A operand: rows g hold its channels 0-7, rows g + 8 its channels 8-15,
+// inner indices 0-7 are fragment 0 and 8-15 fragment 1. So even columns of B sum fragment 0, odd columns fragment 1.
 template <class Cf>
-__device__ __forceinline__ float2 zero_point_term(const uint32_t (&b)[2 * (Cf::GK + 1)]) {
-  float c[4] = {0.f, 0.f, 0.f, 0.f};
+__device__ __forceinline__ void zero_point_terms(float4 (&zero)[2], const uint32_t (&b)[2][2 * (Cf::GK + 1)], int lane) {
+  const uint32_t even = lane & 4 ? 0u : 0x3c003c00u, odd = even ^ 0x3c003c00u;
+  float both[2][4] = {}, lower[4] = {}, upper[4] = {};  // groups whose channel halves weigh alike; others, one half each
   static_for<Cf::GK>([&](auto ig) {
     constexpr int group = ig;
-    constexpr double z = power_of_two(Cf::K.group_bits(group) - 1) - 0.5;
-    constexpr uint32_t z0 = half2_constant(-z * power_of_two(Cf::K.unit_exponent(group, 0, true)));
-    constexpr uint32_t z1 = half2_constant(-z * power_of_two(Cf::K.unit_exponent(group, 1, true)));
-    mma_f16(c, z0, z0, z1, z1, b[2 * group], b[2 * group + 1]);
+    static_assert(is_half(Cf::K.key_zero_point(group, 0)) && is_half(Cf::K.key_zero_point(group, 1)));
+    constexpr uint32_t z0 = half2_constant(-Cf::K.key_zero_point(group, 0));
+    constexpr uint32_t z1 = half2_constant(-Cf::K.key_zero_point(group, 1));
+    const auto add = [&](float (&c)[4], uint32_t z) {
+      mma_f16(c, b[0][2 * group], b[0][2 * group + 1], b[1][2 * group], b[1][2 * group + 1], mul_half2(even, z),
+              mul_half2(odd, z));
+    };
+    if constexpr (z0 == z1) {
+      add(both[group % 2], z0);
+    } else {
+      add(lower, z0);
+      add(upper, z1);
+    }
   });
   constexpr float unit = 1.f / 16777216.f;  // codes enter as fp16 subnormals, 2^-24 each
-  return make_float2(c[0] * unit, c[1] * unit);
+  float sum[2];
+#pragma unroll
+  for (int f = 0; f < 2; ++f)
+    sum[f] = ((both[0][f] + both[0][2 + f]) + (both[1][f] + both[1][2 + f]) + (lower[f] + upper[2 + f])) * unit;
+  const int from = (lane & 3) * 8;  // lane (g, t) has the sum of column g
+#pragma unroll
+  for (int f = 0; f < 2; ++f) {
+    const float x = __shfl_sync(~0u, sum[f], from), y = __shfl_sync(~0u, sum[f], from + 4);
+    zero[f] = make_float4(x, y, x + 0.f, y + 0.f);  // four registers to start from, not two to copy each time
+  }
 }
 
 // Absorbed sink-minus-mean columns of fragment f: the two B words. Rare, so it re-rotates the query from global tables.

@@ -66,11 +66,13 @@ __device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratc
   if (thread % 32 == 0) at->request = request;
   if (thread == 0) {
     const int head = vh / p.column_groups;
+    const int visible_begin = p.sliding_window > 0 ? r.length - p.sliding_window : 0;
+    const int visible_end = min(r.last, r.p0 + 1);
     *scratch.item() = WorkItem{r,
                                head,
                                vh % p.column_groups * Cf::C,
-                               p.sliding_window > 0 ? r.length - p.sliding_window : 0,
-                               min(r.last, r.p0 + 1),
+                               visible_begin,
+                               p.soft_cap_log2 > 0.f ? 0 : max(visible_end - visible_begin - Cf::kSecondChunk - 31, 0),
                                p.key_exponent[head]};
   }
   if (item.first < item.last)
@@ -86,28 +88,32 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
                                               const Item& item, const uint8_t* ring) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   const int last = scratch.item()->r.last;
+  // An even number of slots in a step: every step begins with stage 0, and both stages have the same parity.
+  constexpr bool kPairs = Cf::kSlots % 2 == 0;
   int left = item.last - item.first, at = scratch.item()->r.first + 4 * item.first * Cf::kGrain;
 #pragma unroll 1
   for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
     const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
-    if (base < last) mbarrier_wait(stream.bar(stream.n & 1), stream.parity >> (stream.n & 1) & 1);
+    const int stage0 = kPairs ? 0 : stream.n & 1;
+    if (base < last) mbarrier_wait(stream.bar(stage0), stream.parity >> stage0 & 1);
     uint32_t b[2][2 * (Cf::GK + 1)];
     absorb<Cf>(b, scratch.query(),
                ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
                lane);
-    float2 zero[2] = {zero_point_term<Cf>(b[0]), zero_point_term<Cf>(b[1])};
+    float4 zero[2];
+    zero_point_terms<Cf>(zero, b, lane);
 #pragma unroll(Cf::kSlots > 2 ? 1 : 2)
     for (int s = 0; s < Cf::kSlots; ++s) {  // b[0] serves the first half of the slots, then b[1] takes its place
-      const int stage = stream.n & 1;
+      const int stage = kPairs ? s & 1 : stage0;
       const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
       if (s / Cf::kGrainSlots < grains && token < last) {
-        mbarrier_wait(stream.bar(stage), stream.parity >> stage & 1);
+        if (s > 0) mbarrier_wait(stream.bar(stage), stream.parity >> stage & 1);  // of slot 0: above
         process_slot<Cf>(acc, p, scratch, mean_tile, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots,
                          base, s * 2 / Cf::kSlots);
       }
       stream.parity ^= 1u << stage;
       __syncwarp();
-      stream.issue(p, stream.n + 2, lane);
+      stream.issue(p, stream.n + 2, stage, (s + 2) % Cf::kSlots == 0, lane);
       ++stream.n;
       if (Cf::kSlots > 1 && (s + 1) % ((Cf::kSlots + 1) / 2) == 0) {
 #pragma unroll
@@ -183,7 +189,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     if (begin >= end) continue;
     stream.n = 0;
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) stream.issue(p, i, lane);
+    for (int i = 0; i < 2; ++i) stream.issue(p, i, i, i % Cf::kSlots == 0, lane);
     Item item;
 #pragma unroll 1
     while (next_item<Cf>(p, scratch, at, item)) {

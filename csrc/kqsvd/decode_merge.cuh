@@ -229,6 +229,24 @@ __device__ __forceinline__ float2 part_weights(const float* record, int column, 
   return make_float2(f * inverse, fw * inverse);
 }
 
+// What the rows of a group that is the highest field of an open plane hold beside it: the rows of the fields below.
+// `sums`: column of a record; y: channel half of `channel`.
+template <class Cf, int Group>
+__device__ __forceinline__ float lower_fields(const float* sums, int channel, int y) {
+  constexpr int p = Cf::V.first_plane(Group);
+  constexpr Plane plane = Cf::V.planes[p];
+  float sum = 0.f;
+  if constexpr (Cf::V.is_open(p, false) && plane.groups[plane.count - 1] == Group) {
+#pragma unroll
+    for (int i = 0; i < plane.count; ++i) {
+      const int lower = channel + 16 * (plane.groups[i] - Group);
+      if (plane.groups[i] != Group && (!plane.half || y == 1)) sum += sums[lower * Cf::C];
+      if (plane.half && y == 1) sum += sums[(lower - 8) * Cf::C];
+    }
+  }
+  return sum;
+}
+
 // out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
 // `window`: record of the exact part in global memory, or null.
 template <class Cf>
@@ -272,13 +290,15 @@ __device__ __noinline__ void write_output(const float* record, const float* wind
     const float ps = record[(Cf::kOutRows + 1) * C + columns[0]];
     static_for<GV>([&](auto ig) {
       constexpr int group = ig;
-      constexpr float unit = static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 0, false)));
+      constexpr float units[2] = {static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 0, false))),
+                                  static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 1, false)))};
       constexpr float zero = static_cast<float>(power_of_two(Cf::V.group_bits(group) - 1) - 0.5);
       float x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int channel = 16 * group + 2 * t + (i & 1) + 8 * (i >> 1);
-        x[i] = (record[channel * C + columns[0]] * unit - zero * ps) * weight;
+        const float sum = record[channel * C + columns[0]] - lower_fields<Cf, group>(record + columns[0], channel, i >> 1);
+        x[i] = (sum * units[i >> 1] - zero * ps) * weight;
       }
       b[group][0] = pack_f16(x[0], x[1]);
       b[group][1] = pack_f16(x[2], x[3]);

@@ -24,25 +24,27 @@ struct Softmax {
     p[0] = p[1] = sink[0] = sink[1] = 0.f;
   }
 
-  // Raises the maximum only when some score exceeds it by 8 (scores are in log2 units): p stays below 2^8.
-  __device__ void raise(float x0, float x1) {
+  // The maximum is raised only when some score exceeds it by 8 (scores are in log2 units): p stays below 2^8.
+  __device__ bool exceeded_by(float x0, float x1) const {
     constexpr float slack = 8.f - Cf::kValueBias;
-    if (__any_sync(~0u, x0 > max[0] + slack || x1 > max[1] + slack)) {
-      float x[2] = {x0 + Cf::kValueBias, x1 + Cf::kValueBias};
-      float f[2];
+    return x0 > max[0] + slack || x1 > max[1] + slack;
+  }
+  // To the largest score of the warp, of which this lane has x0 and x1.
+  __device__ void raise(float x0, float x1) {
+    float x[2] = {x0 + Cf::kValueBias, x1 + Cf::kValueBias};
+    float f[2];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < 2; ++c) {
 #pragma unroll
-        for (int d = 4; d < 32; d <<= 1) x[c] = fmaxf(x[c], __shfl_xor_sync(~0u, x[c], d));
-        const float top = fmaxf(max[c], x[c]);
-        f[c] = exp2_fast(max[c] - top);
-        max[c] = top;
-        p[c] *= f[c], sink[c] *= f[c];
-      }
-#pragma unroll
-      for (int i = 0; i < Cf::GV; ++i) o[i][0] *= f[0], o[i][1] *= f[1], o[i][2] *= f[0], o[i][3] *= f[1];
-      ps[0] *= f[0], ps[1] *= f[1], ps[2] *= f[0], ps[3] *= f[1];
+      for (int d = 4; d < 32; d <<= 1) x[c] = fmaxf(x[c], __shfl_xor_sync(~0u, x[c], d));
+      const float top = fmaxf(max[c], x[c]);
+      f[c] = exp2_fast(max[c] - top);
+      max[c] = top;
+      p[c] *= f[c], sink[c] *= f[c];
     }
+#pragma unroll
+    for (int i = 0; i < Cf::GV; ++i) o[i][0] *= f[0], o[i][1] *= f[1], o[i][2] *= f[0], o[i][3] *= f[1];
+    ps[0] *= f[0], ps[1] *= f[1], ps[2] *= f[0], ps[3] *= f[1];
   }
 };
 
@@ -63,7 +65,7 @@ struct SharedMap {
 struct WorkItem {
   Request r;
   int head, column0;
-  int visible_begin, visible_end;  // latent positions outside need per-element masks
+  int plain_begin, plain_count;  // first tokens of slots without soft cap and per-element masks
   int key_exponent;
 };
 
@@ -121,12 +123,25 @@ __device__ __noinline__ void adjust_scores(float* s, const DecodeParams& p, Scra
   }
 }
 
+// Sums of p over this lane's tokens of class 1, columns 2t, 2t + 1. `s`: scores [tile][4]; `scales`: V scale bytes.
+template <class Cf>
+__device__ __noinline__ float2 sink_sums(const float* s, const uint8_t* scales, float max0, float max1) {
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 1
+  for (int i = 0; i < (Cf::C == 4 ? 4 : 8); ++i) {  // rows g, g + 8 of each tile
+    if (!(scales[(i >> 1) * Cf::kTileBytes + 8 * (i & 1)] & 0x80u)) continue;
+    sum.x += exp2_fast(s[2 * i] - max0);
+    sum.y += exp2_fast(s[2 * i + 1] - max1);
+  }
+  return sum;
+}
+
 // 64 tokens: scores against fragment(s) b, softmax, values. `token` is the slot's first; `half` selects mean rows when a
 // rope block spans two slots; `base` is the first token of the warp's step, whose fragment `fragment` b[0] is.
 template <class Cf>
 __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParams& p, Scratch<Cf> scratch,
                                              const uint4* mean_tile, const uint8_t* slot,
-                                             const uint32_t (&b)[2][2 * (Cf::GK + 1)], const float2 (&zero)[2], int token,
+                                             const uint32_t (&b)[2][2 * (Cf::GK + 1)], const float4 (&zero)[2], int token,
                                              int half, int base, int fragment) {
   constexpr bool kPaired = Cf::C == 4;         // the two chunks share columns: lanes t < 2 keep the first
   constexpr int kTiles = kPaired ? 2 : 4;      // score tiles of a lane
@@ -143,16 +158,12 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParam
   for (int i = 0; i < kTiles; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) any |= byte[i][j] = mine[i * kTB + 8 * j];
-  uint32_t cls = 0;  // bit 4 i + j: class of byte[i][j]
   const bool has_class = __any_sync(~0u, any & 0x80u);
   if (__builtin_expect(has_class, 0)) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        cls |= (byte[i][j] >> 7) << (4 * i + j);
-        byte[i][j] &= 0x7fu;
-      }
+      for (int j = 0; j < 4; ++j) byte[i][j] &= 0x7fu;
   }
 
   float s[kTiles][4];
@@ -160,8 +171,8 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParam
     constexpr int i = ii;
     if constexpr (kPaired) {
       const uint8_t* const tile[2] = {slot + i * kTB, slot + (2 + i) * kTB};
-      const float2 z = zero[0];
-      float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
+      const float4 z = zero[0];
+      float c[2][4] = {{z.x, z.y, z.z, z.w}, {z.x, z.y, z.z, z.w}};
       score_tiles<Cf::K, 2>(c, tile, b[0], lane);
       float m[4] = {0.f, 0.f, 0.f, 0.f};
       const uint4 u = mean_tile[(2 * half + i) * 32 + lane];
@@ -174,8 +185,8 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParam
     } else {
       constexpr int f = Cf::T == 32 ? i : 0;  // tiles 2 i, 2 i + 1
       const uint8_t* const tile[2] = {slot + 2 * i * kTB, slot + (2 * i + 1) * kTB};
-      const float2 z = zero[f];
-      float c[2][4] = {{z.x, z.y, z.x, z.y}, {z.x, z.y, z.x, z.y}};
+      const float4 z = zero[f];
+      float c[2][4] = {{z.x, z.y, z.z, z.w}, {z.x, z.y, z.z, z.w}};
       score_tiles<Cf::K, 2>(c, tile, b[f], lane);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -191,30 +202,35 @@ __device__ __forceinline__ void process_slot(Softmax<Cf>& acc, const DecodeParam
     }
   });
 
-  const bool edge = token < x->visible_begin || token + Cf::kSecondChunk + 32 > x->visible_end;
-  if (__builtin_expect(has_class || edge || p.soft_cap_log2 > 0.f, 0)) {
+  const auto column_max = [&](int c) {
+    float top = fmaxf(s[0][c], s[0][2 + c]);
+#pragma unroll
+    for (int i = 1; i < kTiles; ++i) top = fmaxf(top, fmaxf(s[i][c], s[i][2 + c]));
+    return top;
+  };
+  // One vote for all that few slots need, so that the products around it are not split into more blocks.
+  const bool edge = static_cast<unsigned>(token - x->plain_begin) >= static_cast<unsigned>(x->plain_count);
+  if (__any_sync(~0u, has_class || edge || acc.exceeded_by(column_max(0), column_max(1)))) {
     float rare[4 * kTiles];
+    if (has_class || edge) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) rare[i] = s[i / 4][i % 4];
-    adjust_scores<Cf>(rare, p, scratch, mean_tile, slot, token, half, base, fragment, has_class, edge);
+      for (int i = 0; i < 4 * kTiles; ++i) rare[i] = s[i / 4][i % 4];
+      adjust_scores<Cf>(rare, p, scratch, mean_tile, slot, token, half, base, fragment, has_class, edge);
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] = rare[i];
+      for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] = rare[i];
+    }
+    acc.raise(column_max(0), column_max(1));
+    if (has_class) {
+      const float2 sum = sink_sums<Cf>(rare, mine + 16, acc.max[0], acc.max[1]);
+      acc.sink[0] += sum.x, acc.sink[1] += sum.y;
+    }
   }
-
-  float x0 = s[0][0], x1 = s[0][1];
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) x0 = fmaxf(x0, fmaxf(s[i][0], s[i][2])), x1 = fmaxf(x1, fmaxf(s[i][1], s[i][3]));
-  acc.raise(x0, x1);
 
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const float e0 = exp2_fast(s[i][0] - acc.max[0]), e1 = exp2_fast(s[i][1] - acc.max[1]);
     const float e2 = exp2_fast(s[i][2] - acc.max[0]), e3 = exp2_fast(s[i][3] - acc.max[1]);
     acc.p[0] += e0 + e2, acc.p[1] += e1 + e3;
-    if (__builtin_expect(has_class, 0)) {
-      if (cls >> (4 * i + 2) & 1) acc.sink[0] += e0, acc.sink[1] += e1;
-      if (cls >> (4 * i + 3) & 1) acc.sink[0] += e2, acc.sink[1] += e3;
-    }
     // A scale byte as fp16, twice: exponent and mantissa move up by 7, the bias difference is 7.
     const uint32_t v0 = byte[i][2] * 0x00800080u + 0x1c001c00u, v1 = byte[i][3] * 0x00800080u + 0x1c001c00u;
     const uint32_t p0 = transpose8x8(mul_half2(pack_f16(e0, e1), v0));

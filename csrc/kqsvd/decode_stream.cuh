@@ -32,8 +32,8 @@ struct StreamState {
   int request, offset;   // next request to lay out and how many of its slots are already laid out
 };
 
-// A slot as its lane keeps it: where its two chunks lie (in 16 bytes from `pages`), which of its four tiles exist
-// (-1: no such slot), and the row of the rope table to fetch with it (-1: none).
+// A slot as its lane keeps it: where its two chunks lie (in 16 bytes from `pages`), which of its four tiles exist (bits
+// 0 to 3) plus how many bytes they have (-1: no such slot), and the row of the rope table to fetch with it (-1: none).
 struct Slot {
   uint32_t source[2];
   int tiles, rope_row;
@@ -89,6 +89,8 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
         if (!aligned) odd[lane] = make_uint2(source[0], source[1]);
       }
       if (s == 0 && slot.tiles) slot.rope_row = p.rope_table_moves ? base / Cf::T : 0;
+      static_assert(Cf::kTileBytes % 16 == 0);
+      slot.tiles |= __popc(slot.tiles) * Cf::kTileBytes;
     }
     filled += n;
     offset += n;
@@ -130,15 +132,16 @@ struct SlotStream {
   static __device__ uint2* odd(uint8_t* ring) { return reinterpret_cast<uint2*>(ring + Cf::kWarpState + 96); }
   __device__ uint8_t* generic() const { return static_cast<uint8_t*>(__cvta_shared_to_generic(ring)); }
 
-  // Starts the copies of stream slot n (collective over the warp); slots are issued in order from 0.
-  __device__ __forceinline__ void issue(const DecodeParams& p, int n, int lane) {
-    if (n % 32 == 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
+  // Starts the copies of stream slot n into stage n % 2 (collective over the warp); slots are issued in order from 0.
+  // begins_step: n is a multiple of the slots of a step, so rope rows may come with it (and 32 slots are whole steps).
+  __device__ __forceinline__ void issue(const DecodeParams& p, unsigned n, int stage, bool begins_step, int lane) {
+    if (begins_step && n % 32 == 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
     if (lane == n % 32 && slot.tiles >= 0) {
-      const int stage = n & 1;
       const uint32_t done = bar(stage), to = ring + stage * Cf::kSlotBytes;
-      const int bytes = __popc(slot.tiles) * Cf::kTileBytes;
-      mbarrier_expect(done, bytes + (slot.rope_row >= 0 ? Cf::kRopeBytes : 0));
-      if (slot.rope_row >= 0)
+      const int bytes = slot.tiles & ~15;
+      const bool with_rope = begins_step && slot.rope_row >= 0;
+      mbarrier_expect(done, bytes + (with_rope ? Cf::kRopeBytes : 0));
+      if (with_rope)
         bulk_copy(rope() + (Cf::kRopeStages == 2 ? stage * Cf::kRopeBytes : 0),
                   p.rope_table + static_cast<int64_t>(slot.rope_row) * (Cf::kRopeRow / 4), Cf::kRopeBytes, done);
       const uint8_t* from = p.pages + slot.source[0] * uint64_t{16};

@@ -54,6 +54,11 @@ __device__ __forceinline__ uint32_t mul_half2(uint32_t a, uint32_t b) {
   const __half2 r = __hmul2(as_half2(a), as_half2(b));
   return *reinterpret_cast<const uint32_t*>(&r);
 }
+// a * b - c.
+__device__ __forceinline__ uint32_t multiply_subtract_half2(uint32_t a, uint32_t b, uint32_t c) {
+  const __half2 r = __hfma2(as_half2(a), as_half2(b), __hneg2(as_half2(c)));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
 
 __device__ __forceinline__ uint32_t shared_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

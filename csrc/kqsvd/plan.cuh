@@ -19,6 +19,13 @@ constexpr int kTileTokens = 16;
 constexpr int kGroupChannels = 16;
 constexpr int kMaxPlanes = 12;
 
+KQ_CONSTEXPR double power_of_two(int e) {
+  double v = 1;
+  for (; e > 0; --e) v *= 2;
+  for (; e < 0; ++e) v /= 2;
+  return v;
+}
+
 // `bits` bits of every channel of `groups[0..count)`. Full: 16 bytes per token; half: 8.
 struct Plane {
   int bits;
@@ -63,12 +70,54 @@ struct SidePlan {
     const int p = first_plane(group);
     return planes[p].bits + shift(p, group);
   }
-  // Bit position of `group` in plane p as the kernel reads it; `y` = channel half. K half planes keep both
-  // halves where they lie (the query is scaled per channel); V half planes are shifted to the y = 0 place.
+  KQ_CONSTEXPR bool only_in(int p, int group) const {
+    for (int i = 0; i < num_planes; ++i)
+      if (i != p && lists(i, group)) return false;
+    return true;
+  }
+  // Bits by which plane p's fields of channel half 1 are read higher than those of half 0. K half planes keep both halves
+  // where they lie (the query is scaled per channel). A V group needs one step in all its planes (both halves meet the
+  // same probabilities), so planes that share groups have that of one of their half planes, which then needs no shift.
+  KQ_CONSTEXPR int half_step(int p, bool is_key) const {
+    if (is_key) return planes[p].half ? planes[p].bits : 0;
+    bool joined[kMaxPlanes] = {};
+    joined[p] = true;
+    for (int round = 0; round < num_planes; ++round)
+      for (int i = 0; i < num_planes; ++i)
+        for (int k = 0; k < num_planes; ++k)
+          for (int f = 0; f < planes[i].count; ++f)
+            if (joined[k] && lists(k, planes[i].groups[f])) joined[i] = true;
+    int most = 8, step = 0, saved = 0;  // a code and its step stay below bit 10: fp16 subnormals
+    for (int i = 0; i < num_planes; ++i)
+      if (joined[i] && !planes[i].half) most = 2;
+    for (int i = 0; i < num_planes; ++i) {
+      if (!joined[i] || !planes[i].half || planes[i].bits > most) continue;
+      int like = 0;
+      for (int k = 0; k < num_planes; ++k) like += joined[k] && planes[k].half && planes[k].bits == planes[i].bits;
+      if (like > saved) step = planes[i].bits, saved = like;
+    }
+    return step;
+  }
+  // Bit position of `group` in plane p as the kernel reads it; `y` = channel half.
   KQ_CONSTEXPR int field_bit(int p, int group, int y, bool is_key) const {
     int i = 0;
     while (planes[p].groups[i] != group) ++i;
-    return planes[p].half ? (2 * i + (is_key ? y : 0)) * planes[p].bits : i * planes[p].bits;
+    return (planes[p].half ? 2 * i : i) * planes[p].bits + y * half_step(p, is_key);
+  }
+  // Whether the highest field of each byte of plane p is read without a mask of its own: as the whole byte, the sum of
+  // all its fields. What that adds is taken back in constants: the query of a lower field that lies in no other plane is
+  // absorbed less that of the highest; that of a secondary plane is computed here anyway; of value sums the lower fields'
+  // are subtracted at the end.
+  KQ_CONSTEXPR bool is_open(int p, bool is_key) const {
+    const Plane& plane = planes[p];
+    const int top = plane.count - 1;
+    for (int i = 0; i < plane.count; ++i) {
+      if (i == top && !plane.half) continue;
+      const int group = plane.groups[i];
+      if (is_key ? first_plane(group) == p && !only_in(p, group) : !only_in(p, group)) return false;
+    }
+    if (is_key) return true;
+    return first_plane(plane.groups[top]) == p && half_step(p, false) == (plane.half ? plane.bits : 0);
   }
   // A field's tensor-core value is 2^(field_bit - 24) * field and means 2^shift * field.
   // Exponent by which the other operand of a secondary plane is multiplied to match the group's first plane.
@@ -86,12 +135,33 @@ struct SidePlan {
         }
     return worst;
   }
+  // What the kernel subtracts for K, in accumulator units: the weight of the absorbed query of (group, y).
+  KQ_CONSTEXPR double key_zero_point(int group, int y) const;
   // What one unit of a code of `group` weighs in an accumulator fed by its first plane, as a power of two (+ 24).
   KQ_CONSTEXPR int unit_exponent(int group, int y, bool is_key) const {
     const int p = first_plane(group);
     return field_bit(p, group, y, is_key) - shift(p, group);
   }
 };
+
+KQ_CONSTEXPR double SidePlan::key_zero_point(int group, int y) const {
+  const auto centre = [&](int g, int half) {
+    return (power_of_two(group_bits(g) - 1) - 0.5) * power_of_two(unit_exponent(g, half, true));
+  };
+  double sum = centre(group, y);
+  for (int p = 0; p < num_planes; ++p) {  // planes whose highest field this is: their lower ones lack its query
+    const Plane& plane = planes[p];
+    if (!is_open(p, true) || plane.groups[plane.count - 1] != group || (plane.half && y == 0)) continue;
+    const double scale = power_of_two(match_exponent(p, group, y, true));
+    for (int i = 0; i < plane.count; ++i) {
+      const int lower = plane.groups[i];
+      if (first_plane(lower) != p) continue;
+      if (lower != group) sum += scale * centre(lower, y);
+      if (plane.half) sum += scale * centre(lower, 0);
+    }
+  }
+  return sum;
+}
 
 template <int I>
 struct Index {
@@ -106,6 +176,15 @@ __host__ __device__ __forceinline__ constexpr void static_for(F&& f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
+// Whether fp16 holds `value` exactly (normal values only).
+KQ_CONSTEXPR bool is_half(double value) {
+  double v = value < 0 ? -value : value;
+  if (v < 6.103515625e-05 || v > 65504) return v == 0;
+  while (v < 1024) v *= 2;
+  while (v >= 2048) v /= 2;
+  return v == static_cast<int>(v);
+}
+
 // fp16 bits of `value` (a small multiple of a power of two, exactly representable), in both halves of a word.
 KQ_CONSTEXPR uint32_t half2_constant(double value) {
   const bool negative = value < 0;
@@ -117,12 +196,6 @@ KQ_CONSTEXPR uint32_t half2_constant(double value) {
   const uint32_t bits = (static_cast<uint32_t>(e + 15) << 10) | static_cast<uint32_t>((v - 1) * 1024 + 0.5);
   const uint32_t h = bits | (negative ? 0x8000u : 0u);
   return h | (h << 16);
-}
-KQ_CONSTEXPR double power_of_two(int e) {
-  double v = 1;
-  for (; e > 0; --e) v *= 2;
-  for (; e < 0; ++e) v /= 2;
-  return v;
 }
 
 }  // namespace kqsvd::decode

@@ -44,6 +44,12 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline void __syncwarp() { emulator::sync_warp(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {  // the product is exact in float
   const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
@@ -178,6 +184,10 @@ inline __half2 as_half2(uint32_t x) {
 }
 inline uint32_t mul_half2(uint32_t a, uint32_t b) {
   return pack_f16(half_value(a) * half_value(b), half_value(a >> 16) * half_value(b >> 16));
+}
+inline uint32_t multiply_subtract_half2(uint32_t a, uint32_t b, uint32_t c) {
+  return pack_f16(half_value(a) * half_value(b) - half_value(c),
+                  half_value(a >> 16) * half_value(b >> 16) - half_value(c >> 16));
 }
 
 inline void wgmma_fence() {}

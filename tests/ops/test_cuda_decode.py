@@ -41,8 +41,10 @@ def halves(words: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(tile: torch.Tensor, plan: LayerPlan, side: str) -> list[tuple[int, int, torch.Tensor]]:
-    """(plane, group, 16 x 16 operand) as csrc/kqsvd/unpack.cuh masks them out of a tile's bytes."""
+    """(plane, group, 16 x 16 operand) as csrc/kqsvd/unpack.cuh masks them out of a tile's bytes. Of V as if no plane
+    were open: what whole bytes add to the highest field is subtracted from the sums, not from constants."""
     layout, out = layout_of(plan), []
+    whole = {f.plane for f in constants.lower_key_fields(plan.k)} if side == "k" else set()
     sp = layout.side(side)
     for p, plane in enumerate(sp.planes):
         at = layout.plane_offsets[side][p]
@@ -52,6 +54,8 @@ def unpacked(tile: torch.Tensor, plan: LayerPlan, side: str) -> list[tuple[int, 
             m0, m1 = (
                 (((1 << b) - 1) << constants._field_bit(sp, p, group, y, side == "k")) * 0x00010001 for y in (0, 1)
             )
+            if p in whole and group == plane.groups[-1]:
+                m0, m1 = m0 if plane.is_half else 0x00FF00FF, 0x00FF00FF
             if side == "k":
                 w0 = w[LANE]
                 w1 = w0 if plane.is_half else w[LANE + 32]
@@ -75,6 +79,11 @@ def exponent(sp, p: int, group: int, y: int, is_key: bool) -> int:
     q = constants._first_plane(sp, group)
     here, first = (sp.shift(i, group) - constants._field_bit(sp, i, group, y, is_key) for i in (p, q))
     return here - first
+
+
+def channels(group: int, y: int) -> slice:
+    """Rows of half y of a group."""
+    return slice(16 * group + 8 * y, 16 * group + 8 * y + 8)
 
 
 @pytest.fixture(params=list(PLANS))
@@ -103,12 +112,21 @@ def test_key_constants_give_the_reference_logits(coded) -> None:
     turned = query[constants.absorb_order(dim, codec.rope)]
     a = image.double() @ turned
     zero_point = 2.0 ** (codec.k.channel_bits() - 1) - 0.5
-    acc = -(zero_point * 2.0 ** constants.unit_exponents(plan.k, True) * a[:rank]).sum() * 2.0**-24
+    lower = {(f.plane, f.group, f.y): f for f in constants.lower_key_fields(plan.k)}
+    true = a[:rank].clone()  # queries of lower fields come without that of the highest
+    for field in (f for f in lower.values() if f.is_first):
+        top = plan.k.planes[field.plane].groups[-1]
+        true[channels(field.group, field.y)] += 2.0**field.exponent * a[channels(top, field.top_y)]
+    acc = -(zero_point * 2.0 ** constants.unit_exponents(plan.k, True) * true).sum() * 2.0**-24
     acc = acc.expand(16).clone()
     for p, group, operand in unpacked(pages[0], plan, "k"):
         b = a[16 * group : 16 * group + 16].clone()
         for y in (0, 1):
             b[8 * y : 8 * y + 8] *= 2.0 ** exponent(plan.k, p, group, y, True)
+            field = lower.get((p, group, y))
+            if field and not field.is_first:
+                top = plan.k.planes[p].groups[-1]
+                b[8 * y : 8 * y + 8] -= 2.0**field.exponent * a[channels(top, field.top_y)]
         acc += operand @ b
     byte = pages[0, layout_of(plan).scale_offset["k"] :][:16]
     scale = (((byte.int() & 127) << 20) + int(c.key_exponent[0])).view(torch.float32).double()

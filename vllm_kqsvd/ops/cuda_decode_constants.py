@@ -46,16 +46,49 @@ def _first_plane(plan: SidePlan, group: int) -> int:
     return next(p for p, plane in enumerate(plan.planes) if group in plane.groups)
 
 
+def _match_exponent(plan: SidePlan, p: int, group: int, y: int, is_key: bool) -> int:
+    q = _first_plane(plan, group)
+    here, first = (plan.shift(i, group) - _field_bit(plan, i, group, y, is_key) for i in (p, q))
+    return here - first
+
+
 def match_exponents(plan: SidePlan, is_key: bool) -> list[int]:
     """Powers of two between secondary planes and the first plane of their groups (`SidePlan::match_exponent`)."""
-    out = [0]
+    planes = enumerate(plan.planes)
+    return [0] + [_match_exponent(plan, p, g, y, is_key) for p, plane in planes for g in plane.groups for y in (0, 1)]
+
+
+@dataclass(frozen=True)
+class LowerField:
+    """A field (group, channel half y) below the highest one of the bytes of an open K plane."""
+
+    plane: int
+    group: int
+    y: int
+    top_y: int  # channel half of the highest field, which is of the plane's last group
+    exponent: int  # power of two by which that one's query is multiplied in this plane
+    is_first: bool  # the plane is the only one of the group
+
+
+def lower_key_fields(plan: SidePlan) -> list[LowerField]:
+    """Fields below the highest in planes where the kernel reads that one as the whole byte (`SidePlan::is_open`)."""
+    out: list[LowerField] = []
     for p, plane in enumerate(plan.planes):
-        for group in plane.groups:
-            q = _first_plane(plan, group)
-            for y in (0, 1):
-                here = plan.shift(p, group) - _field_bit(plan, p, group, y, is_key)
-                out.append(here - (plan.shift(q, group) - _field_bit(plan, q, group, y, is_key)))
+        top = plane.groups[-1]
+        halves = [(g, y) for g in plane.groups for y in (0, 1)]
+        lower = halves[:-1] if plane.is_half else halves[:-2]
+        single = [sum(g in other.groups for other in plan.planes) == 1 for g, _ in lower]
+        first = [_first_plane(plan, g) == p for g, _ in lower]
+        if any(f and not s for f, s in zip(first, single, strict=True)):
+            continue
+        for (g, y), is_first in zip(lower, first, strict=True):
+            top_y = 1 if plane.is_half else y
+            out.append(LowerField(p, g, y, top_y, _match_exponent(plan, p, top, top_y, True), is_first))
     return out
+
+
+def _channels(group: int, y: int) -> slice:
+    return slice(GROUP * group + GROUP // 2 * y, GROUP * group + GROUP // 2 * (y + 1))
 
 
 def unit_exponents(plan: SidePlan, is_key: bool) -> torch.Tensor:
@@ -136,7 +169,11 @@ def build_constants(codec: LayerCodec, scale: float, device: torch.device) -> De
     order = absorb_order(dim, codec.rope)
 
     # K: a scale byte s contributes s 2^(n - 24) sum(field * 2^bit * image row . q).
+    # Where the highest field is read as the whole byte, the query of the fields below makes up for it.
     rows = k.decode * 2.0 ** -unit_exponents(k.plan, True)[:, None] * (log2_scale * 2.0**24)
+    for field in (f for f in lower_key_fields(k.plan) if f.is_first):
+        top = rows[:, _channels(k.plan.planes[field.plane].groups[-1], field.top_y)]
+        rows[:, _channels(field.group, field.y)] -= 2.0**field.exponent * top
     limit = _ROW_NORM * 2.0 ** -max(match_exponents(k.plan, True))
     n = _exponent(rows.norm(dim=-1).amax(-1) / limit)
     rows = rows * 2.0 ** -n[:, None, None].double()
