@@ -198,9 +198,9 @@ def _projection(model: str | None, folder: str | None) -> list[Check]:
     if model is not None and not Path(model, "config.json").is_file():
         found = "no such folder" if not Path(model).is_dir() else "no config.json there"
         return [Check("model", "fail", private(f"{model}: {found}; give the local Hugging Face folder of the model"))]
-    if folder is None and model is None:
-        return [Check("projection", "info", "none given; make one with `kqsvd calibrate`")]
     if folder is None:
+        if model is None:
+            return [Check("projection", "info", "none given; make one with `kqsvd calibrate`")]
         words = f"none given and no folder {beside(model)}; make one with `kqsvd calibrate`, or name it (--projection)"
         return [Check("projection", "fail", private(words))]
     try:
