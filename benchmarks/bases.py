@@ -40,8 +40,8 @@ from vllm_kqsvd.verify_text import read_text, text_windows
 RESULTS = Path(__file__).parent / "results" / "bases.csv"
 CENTER = {"both": (True, False), "yes": (True,), "no": (False,)}
 COLUMNS = (
-    "date device versions command model text context basis center bits plans kl top1 perplexity perplexity_exact"
-    " logit_error predicted_logit_error positions"
+    "date device versions command model statistics text context basis center bits plans kl top1 perplexity"
+    " perplexity_exact logit_error predicted_logit_error positions"
 ).split()
 
 
@@ -85,12 +85,14 @@ def rms(values) -> float:
 def row(options: argparse.Namespace, name: str, center: bool, found: Projection, text: str, one: Score) -> list[object]:
     """One line of the CSV."""
     fidelity = Fidelity.of(text, [one])
+    about = found.calibration
     return [
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"cpu {platform.machine()}",
         "; ".join(f"{p} {installed(p)}" for p in ("vllm_kqsvd", "torch", "transformers")),
         "python -m benchmarks.bases " + shlex.join(shown(sys.argv[1:])),
         options.model.name,
+        f"{about['num_windows']} x {about['window_length']}",
         text,
         options.context,
         name,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from tests.calibration.conftest import make_model
 from vllm_kqsvd.calibration.calibrate import CalibrateOptions, collect_statistics, project
+from vllm_kqsvd.calibration.cli import add_arguments as add_calibrate_arguments
+from vllm_kqsvd.calibration.cli import options_from
 from vllm_kqsvd.calibration.collect import CollectOptions
 from vllm_kqsvd.calibration.cut import cut, cut_side, gaussian_table, group_energy
 from vllm_kqsvd.calibration.quantizer import GAUSSIAN_ERROR, GAUSSIAN_STEP, midrise
@@ -155,3 +158,11 @@ def test_command(solved: Solve, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["cut", str(tmp_path / "four"), "--bits", "3", "--output", str(tmp_path / "four")]) == 1
     assert "choose another folder" in capsys.readouterr().err
     assert main(["cut", str(tmp_path / "four"), "--output", str(tmp_path / "none")]) == 2
+
+
+def test_calibrate_takes_nested() -> None:
+    parser = argparse.ArgumentParser()
+    add_calibrate_arguments(parser)
+    fixed = ["m", "--output", "p", "--data", "t", "--bits", "3"]
+    assert options_from(parser.parse_args([*fixed, "--nested"])).nested
+    assert not options_from(parser.parse_args(fixed)).nested
