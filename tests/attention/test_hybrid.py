@@ -79,6 +79,22 @@ def test_report_agrees_with_vllm(llm: Any) -> None:
     assert "2 of 6 attention layers compressed, 4 keep vLLM's own cache" in lines
 
 
+def test_more_compressed_layers_than_native_ones(tmp_path: Path) -> None:
+    """vLLM makes groups as large as the smallest kind; one report speaks for all compressed layers."""
+    from vllm_kqsvd.status import read_all
+
+    write_projection(tmp_path / "p8", write_gemma3(tmp_path / "model", "sfff"), layers=[1, 2, 3])
+    with engine(tmp_path / "model", tmp_path / "p8", num_gpu_blocks_override=96) as made:
+        groups = made.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+        assert [len(g.layer_names) for g in groups] == [1] * 7
+        (status,) = read_all()
+        assert sum(n for kind, n in status.layers.items() if not kind.startswith("native")) == 3
+        assert status.kv_tokens == made.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        context = made.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        guarded = [x.impl.nan_guard is not None for x in context if hasattr(getattr(x, "impl", None), "nan_guard")]
+        assert guarded == [False, False, True]
+
+
 def test_padding_is_said() -> None:
     from types import SimpleNamespace
 

@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_kqsvd.attention import native
 from vllm_kqsvd.ops import cuda_library
 from vllm_kqsvd.ops.interface import Step
 
@@ -73,15 +74,13 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         self._init_reorder_batch_threshold(longest, supports_spec_as_decode=False)
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self._positions = torch.zeros(size, dtype=torch.int64, device=device)
-        self._nan_guard = announce(vllm_config, impls)
+        # vLLM may deal the compressed layers to several groups; one builder speaks for all of them
+        self._nan_guard = announce(vllm_config, native.compressed(vllm_config)) if impls[0].is_first() else None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
         """Single-token decode batches, if every layer's ops run from device tensors alone."""
-        from vllm_kqsvd.attention.impl import KQSVDImpl
-
-        layers = vllm_config.compilation_config.static_forward_context.values()
-        impls = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), KQSVDImpl)]
+        impls = native.compressed(vllm_config)
         if impls and all(impl.graph_safe for impl in impls):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER

@@ -129,6 +129,14 @@ def _fitting(native: type[AttentionBackend], latent_page: Callable[[], tuple[int
     return type(native.__name__, (native,), body)
 
 
+def compressed(config: VllmConfig) -> list[Any]:
+    """The impls of the compressed layers (of this pipeline stage), in the order of the model."""
+    from vllm_kqsvd.attention.impl import KQSVDImpl
+
+    layers = config.compilation_config.static_forward_context.values()
+    return [x.impl for x in layers if isinstance(getattr(x, "impl", None), KQSVDImpl)]
+
+
 def layers_of(config: VllmConfig) -> list[Any]:
     """The layers of vLLM's table (of this pipeline stage) that keep a cache of their own kind."""
     from vllm_kqsvd.attention.impl import KQSVDImpl

@@ -90,8 +90,8 @@ def engine_refusal(config: VllmConfig) -> str | None:
         )
     if speculative is not None and speculative.method not in SAFE_SPECULATORS:
         return (
-            f"speculative method {speculative.method!r} asked for; layers of a draft model have no projection; "
-            "use method 'ngram' or no speculation"
+            f"speculative method {speculative.method!r} asked for; a drafter's layers have no projection, and vLLM "
+            "does not serve them well from a cache group of their own; use method 'ngram' or no speculation"
         )
     if _batch_invariant():
         return "VLLM_BATCH_INVARIANT=1 asked for; the kernels do not promise it; unset it"

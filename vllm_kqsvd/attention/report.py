@@ -110,10 +110,11 @@ def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
 def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> NanGuard | None:
     """Check the block pool, log the report and publish it for /metrics, once the real cache is there.
 
-    vLLM has no block count yet while it profiles CUDA graphs. Returns the guard of the last layer, to be polled.
+    impls: of all compressed layers. vLLM has no block count yet while it profiles CUDA graphs. Returns the guard of
+    the last layer, to be polled.
     """
     num_blocks = config.cache_config.num_gpu_blocks
-    if num_blocks is None or not impls[0].is_first():
+    if num_blocks is None:
         return None
     tokens, page = impls[0].latent_page()
     check_pool(impls[0].window_spec, tokens, num_blocks, config, native.groups_of(config, len(impls)))
