@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KINDS = {"fresh": 4, "prefix": 3, "known": 3, "leave": 2}  # kind of request -> how often
 COMMON = 4096  # longest prompt of most clients; one more client asks for longer ones without pause
 PREFIXES = 6
+LAST_LONG = 0.1  # share of the time at whose end no long prompt begins any more
 LINGER_SECONDS = 1200  # for answers after the end of the load
 
 
@@ -42,8 +43,8 @@ class Load:
         return min(int(16 * 2 ** (rng.random() * 8)), COMMON, self.longest - self.answer)
 
     def known_lengths(self) -> list[int]:
-        """Of prompts whose answers are compared: from 16 tokens to the longest, evenly in octaves."""
-        most = self.longest - self.answer
+        """Of prompts whose answers are compared: from 16 tokens to half of the longest, evenly in octaves."""
+        most = self.longest // 2 - self.answer
         found = [16]
         while found[-1] * 1.7 < most:
             found.append(int(found[-1] * 1.7))
@@ -84,7 +85,7 @@ class Crowd:
     def __init__(self, url: str, load: Load, known: Known, seconds: float) -> None:
         self.url, self.load, self.known = url, load, known
         self.tally = Tally()
-        self._end = time.monotonic() + seconds
+        self._seconds, self._end = seconds, time.monotonic() + seconds
         rng = random.Random(load.seed + 1)
         self._prefixes = [load.prompt(min(rng.randint(256, 2048), load.longest // 4), rng) for _ in range(PREFIXES)]
 
@@ -116,16 +117,15 @@ class Crowd:
                 await self._ask(session, kind, prompt)
 
     async def _long_client(self, session: aiohttp.ClientSession) -> None:
-        """Long prompts, one after another: known and fresh ones in turn, each length in turn."""
+        """Long prompts one after another: fresh ones of the longest length, a half, a quarter; known ones between."""
         rng = random.Random(1000 * self.load.seed - 1)
-        long = [k for k in self.known if len(k[0]) > COMMON] or self.known[-1:]
-        rounds = 0
-        while time.monotonic() < self._end:
-            prompt, alone = long[-1 - rounds // 2 % len(long)]
+        known = [k for k in self.known if len(k[0]) > COMMON] or self.known[-1:]
+        most, rounds = self.load.longest - self.load.answer, 0
+        while time.monotonic() < self._end - LAST_LONG * self._seconds:
             if rounds % 2:
-                await self._ask(session, "long", self.load.prompt(len(prompt), rng))
+                await self._ask(session, "long known", *known[-1 - rounds // 2 % len(known)])
             else:
-                await self._ask(session, "long known", prompt, alone)
+                await self._ask(session, "long", self.load.prompt(most >> rounds // 2 % 3, rng))
             rounds += 1
 
     async def _ask(

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.demo_server import Server
 
-PAGE = 4096
-MIB = 1 << 20
 WARM_UP = 0.25  # share of a run before memory is expected to be flat
+SPANS = 5  # of what follows: long prompts come and go within one, so each has seen the floor of memory
+FLOOR = 10  # percentile
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,19 @@ class Sample:
     cache_use: float
 
 
-def resident_mib(server: Server) -> float:
-    """Resident memory of all processes of the server."""
-    pages = 0
+def held_mib(server: Server) -> float:
+    """Memory that only the server's processes hold: anonymous and shared, resident or swapped; no mapped files.
+
+    Files are left out because the system may drop and read them again at will.
+    """
+    kib = 0
     for pid in server.members():
         try:
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:  # it has just ended
             continue
-    return pages * PAGE / MIB
+        kib += sum(int(x.split()[1]) for x in lines if x.startswith(("RssAnon:", "RssShmem:", "VmSwap:")))
+    return kib / 1024
 
 
 def device_mib() -> float:
@@ -70,7 +74,7 @@ class Watch(threading.Thread):
         metrics = self._server.metrics()
         return Sample(
             time.monotonic() - self._began,
-            resident_mib(self._server),
+            held_mib(self._server),
             device_mib() if self._on_gpu else 0.0,
             metrics["vllm:generation_tokens_total"],
             metrics["vllm:num_requests_running"],
@@ -85,7 +89,7 @@ class Watch(threading.Thread):
 
 @dataclass(frozen=True)
 class Trend:
-    """A line through memory after the warm-up."""
+    """A line through the floor of memory after the warm-up; what a long prompt takes for a while stands above it."""
 
     first: float  # MiB at its beginning
     last: float  # MiB at its end
@@ -102,10 +106,12 @@ class Trend:
 
 
 def trend(seconds: list[float], mib: list[float]) -> Trend:
-    """Least squares over the samples after the warm-up."""
+    """Least squares through the floors of equal spans after the warm-up."""
     x, y = np.array(seconds), np.array(mib)
     keep = x >= x[0] + WARM_UP * (x[-1] - x[0])
-    slope, level = np.polyfit(x[keep], y[keep], 1)
+    spans = [s for s in np.array_split(np.flatnonzero(keep), SPANS) if len(s)]
+    middle = np.array([x[s].mean() for s in spans])
+    slope, level = np.polyfit(middle, [np.percentile(y[s], FLOOR) for s in spans], 1)
     begin, end = x[keep][0], x[-1]
     return Trend(level + slope * begin, level + slope * end, (end - begin) / 60)
 

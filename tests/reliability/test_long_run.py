@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Half a minute of `benchmarks.long_run`: mixed load, clients that leave, preemptions, prefix hits, an empty cache."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("aiohttp")
+
+from benchmarks import long_run  # noqa: E402
+from benchmarks.long_run_watch import trend  # noqa: E402
+from tests.reliability import sized  # noqa: E402
+
+
+def test_mixed_load(tmp_path: Path) -> None:
+    minutes = str(sized(1, 16) / 2)
+    pool = ["--longest", "2048", "--chunk", "256", "--blocks", "56", "--clients", "10", "--answer", "24"]
+    files = [
+        "--log",
+        str(tmp_path / "log"),
+        "--plot",
+        str(tmp_path / "plot.png"),
+        "--output",
+        str(tmp_path / "out.csv"),
+    ]
+    assert long_run.main(["--minutes", minutes, "--device", "cpu", *pool, *files]) == 0
+    with (tmp_path / "out.csv").open() as f:
+        (row,) = csv.DictReader(f)
+    assert int(row["longest_prompt"]) == 2048 - 24 and float(row["cache_left"]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_leak_is_seen() -> None:
+    seconds = [5.0 * n for n in range(120)]
+    warm_up = [500 + min(300.0, 3 * s) for s in seconds]  # flat after 100 s
+    assert trend(seconds, warm_up).flat()
+    leak = [x + s / 10 for x, s in zip(warm_up, seconds, strict=True)]  # 360 MiB an hour
+    found = trend(seconds, leak)
+    assert not found.flat() and abs(found.growth - 360) < 1
