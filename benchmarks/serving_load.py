@@ -28,6 +28,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def loads_of(text: str) -> list[Load]:
 def serve_arguments(arm: str, projection: Path | None, options: argparse.Namespace) -> list[str]:
     """Arguments of `vllm serve MODEL` for one arm."""
     arguments = ["--max-model-len", str(options.max_model_len), "--tensor-parallel-size", str(options.tensor_parallel)]
+    arguments.append("--no-enable-prefix-caching")  # the loads share their random prompts
     if not options.folder:
         arguments += ["--load-format", "dummy"]
     arguments += shlex.split(options.serve)
@@ -96,6 +98,7 @@ def bench_command(load: Load, model: Path, port: int, result: Path, options: arg
     command += ["--num-prompts", str(load.requests), "--percentile-metrics", "ttft,tpot,e2el"]
     command += ["--metric-percentiles", "50,99", "--save-result", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name, "--seed", "1", "--temperature", "0", "--disable-tqdm"]
+    command += ["--ready-check-timeout-sec", "0"]  # it would send one more request
     if not load.input_len:
         command += ["--dataset-name", "timed_trace", "--dataset-path", str(options.trace_cut)]
         scale = str(options.trace_scale)
@@ -232,21 +235,27 @@ def measure(load: Load, model: Path, server: Server, common: dict, options: argp
 def measure_all(model: Path, options: argparse.Namespace) -> None:
     """Every load against every arm: arm by arm, or all servers taking turns."""
     loads = [load for loads in options.loads for load in loads]
-    with ExitStack() as stack:
-        servers = []
-        for arm in options.arms:
-            try:
-                servers.append(stack.enter_context(serving(arm, model, options)))
-            except RuntimeError as error:  # a server that did not start does not cost the other arms
-                print(f"{arm}: {error}", flush=True)
-                continue
-            if not options.together:
+
+    def start(arm: str, stack: ExitStack) -> list[tuple[Server, dict]]:
+        try:
+            return [stack.enter_context(serving(arm, model, options))]
+        except RuntimeError as error:  # a server that did not start does not cost the other arms
+            print(f"{arm}: {error}", flush=True)
+            return []
+
+    if options.together:
+        with ExitStack() as stack:
+            with ThreadPoolExecutor() as pool:
+                servers = [s for found in pool.map(lambda arm: start(arm, stack), options.arms) for s in found]
+            for load in loads:
+                for server in servers:
+                    measure(load, model, *server, options)
+        return
+    for arm in options.arms:
+        with ExitStack() as stack:
+            for server in start(arm, stack):
                 for load in loads:
-                    measure(load, model, *servers[-1], options)
-                stack.close()
-        for load in loads if options.together else ():
-            for server in servers:
-                measure(load, model, *server, options)
+                    measure(load, model, *server, options)
 
 
 def main() -> None:
