@@ -59,6 +59,12 @@ __device__ __forceinline__ uint32_t multiply_subtract_half2(uint32_t a, uint32_t
   const __half2 r = __hfma2(as_half2(a), as_half2(b), __hneg2(as_half2(c)));
   return *reinterpret_cast<const uint32_t*>(&r);
 }
+// Bits of a where the mask is set, of b elsewhere: one instruction.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
 
 __device__ __forceinline__ uint32_t shared_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

@@ -75,6 +75,48 @@ struct SidePlan {
       if (i != p && lists(i, group)) return false;
     return true;
   }
+  // V groups of a full plane that lie in one other plane too, next to each other once this plane's words are shifted left
+  // by `lift`, are put together before their product (three or more of them: fewer ANDs and products, two shifts more).
+  struct Merge {
+    int plane, lift, count;
+  };
+  KQ_CONSTEXPR int place(int p, int group) const {  // bit of channel half 0 in the page
+    int i = 0;
+    while (planes[p].groups[i] != group) ++i;
+    return (planes[p].half ? 2 * i : i) * planes[p].bits;
+  }
+  KQ_CONSTEXPR int gap(int q, int p, int group) const {  // lift of q that makes plane p's field adjoin plane q's
+    return place(p, group) + planes[p].bits - place(q, group);
+  }
+  KQ_CONSTEXPR bool only_in_both(int q, int p, int group) const {
+    for (int i = 0; i < num_planes; ++i)
+      if (lists(i, group) != (i == q || i == p)) return false;
+    return true;
+  }
+  KQ_CONSTEXPR Merge merge_into(int q) const {
+    Merge best{-1, 0, 2};
+    if (planes[q].half) return best;
+    for (int p = q + 1; p < num_planes; ++p)
+      for (int lift = 0; lift <= 2 && planes[p].bits <= planes[q].bits; ++lift) {
+        int count = 0;
+        bool fits = true;
+        for (int f = 0; f < planes[q].count; ++f) {
+          const int group = planes[q].groups[f];
+          if (only_in(q, group)) continue;
+          const bool both = only_in_both(q, p, group);
+          count += both && gap(q, p, group) == lift;
+          fits = fits && both && gap(q, p, group) >= lift;  // others keep weights of at most 1
+        }
+        if (fits && count > best.count) best = Merge{p, lift, count};
+      }
+    return best;
+  }
+  KQ_CONSTEXPR int lift(int p) const { return merge_into(p).plane < 0 ? 0 : merge_into(p).lift; }
+  // Whether V's plane p adds to `group` through the group's first plane.
+  KQ_CONSTEXPR bool is_merged(int p, int group) const {
+    const int q = first_plane(group);
+    return merge_into(q).plane == p && only_in_both(q, p, group) && gap(q, p, group) == lift(q);
+  }
   // Bits by which plane p's fields of channel half 1 are read higher than those of half 0. K half planes keep both halves
   // where they lie (the query is scaled per channel). A V group needs one step in all its planes (both halves meet the
   // same probabilities), so planes that share groups have that of one of their half planes, which then needs no shift.
@@ -89,7 +131,7 @@ struct SidePlan {
             if (joined[k] && lists(k, planes[i].groups[f])) joined[i] = true;
     int most = 8, step = 0, saved = 0;  // a code and its step stay below bit 10: fp16 subnormals
     for (int i = 0; i < num_planes; ++i)
-      if (joined[i] && !planes[i].half) most = 2;
+      if (joined[i] && !planes[i].half && most > 2 - lift(i)) most = 2 - lift(i);
     for (int i = 0; i < num_planes; ++i) {
       if (!joined[i] || !planes[i].half || planes[i].bits > most) continue;
       int like = 0;
@@ -100,9 +142,7 @@ struct SidePlan {
   }
   // Bit position of `group` in plane p as the kernel reads it; `y` = channel half.
   KQ_CONSTEXPR int field_bit(int p, int group, int y, bool is_key) const {
-    int i = 0;
-    while (planes[p].groups[i] != group) ++i;
-    return (planes[p].half ? 2 * i : i) * planes[p].bits + y * half_step(p, is_key);
+    return place(p, group) + y * half_step(p, is_key) + (is_key ? 0 : lift(p));
   }
   // Whether the highest field of each byte of plane p is read without a mask of its own: as the whole byte, the sum of
   // all its fields. What that adds is taken back in constants: the query of a lower field that lies in no other plane is

@@ -76,40 +76,85 @@ __device__ __forceinline__ void score_tiles(float (&acc)[Tiles][4], const uint8_
   });
 }
 
+// Words of plane p as the products read them: rows 0-7 and 8-15 (channels) of tokens 2t.. , then of tokens 2t+8..
+template <SidePlan V, int P>
+__device__ __forceinline__ void value_words(uint32_t (&w)[4], const uint8_t* tile, int lane) {
+  constexpr Plane plane = V.planes[P];
+  constexpr int step = V.half_step(P, false), lift = V.lift(P);
+  const auto shifted = [](uint32_t x, int right) { return right < 0 ? x << -right : x >> right; };
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile + V.plane_offset(P)) + (lane & 3) * 8 + (lane >> 2);
+  const uint32_t first = words[0];
+  if constexpr (V.is_open(P, false)) {
+    w[0] = low_bytes(first), w[1] = high_bytes(first);
+    if constexpr (plane.half) {
+      w[2] = w[3] = w[1], w[1] = w[0];
+    } else {
+      w[2] = low_bytes(words[32]), w[3] = high_bytes(words[32]);
+    }
+  } else if constexpr (plane.half) {
+    w[0] = first, w[1] = shifted(first, plane.bits - step);
+    w[2] = first >> 8, w[3] = shifted(first, 8 + plane.bits - step);
+  } else {
+    w[0] = shifted(first, -lift), w[1] = shifted(first, 8 - step - lift);
+    w[2] = shifted(words[32], -lift), w[3] = shifted(words[32], 8 - step - lift);
+  }
+}
+
+// Fields `odd`, odd + 2, ... of V's plane p that are put together with those of its finer plane.
+template <SidePlan V>
+KQ_CONSTEXPR uint32_t merged_mask(int p, int odd, int y) {
+  uint32_t mask = 0;
+  for (int i = odd; i < V.planes[p].count; i += 2) {
+    const int group = V.planes[p].groups[i];
+    if (V.is_merged(V.merge_into(p).plane, group))
+      mask |= field_mask(V.planes[p].bits, V.field_bit(p, group, y, false));
+  }
+  return mask;
+}
+
 // o[group] += codes(tile)^T * p: rows = channels (g, g + 8) of the group, columns = query columns.
 // p0, p1: probabilities of tokens (2t, 2t+1), (2t+8, 2t+9) at column g; o is in units of each group's first plane.
 template <SidePlan V>
 __device__ __forceinline__ void add_values(float (&o)[V.num_groups][4], const uint8_t* tile, uint32_t p0, uint32_t p1,
                                            int lane) {
-  const int word = (lane & 3) * 8 + (lane >> 2);
   static_for<V.num_planes>([&](auto ip) {
     constexpr int p = ip;
     constexpr Plane plane = V.planes[p];
-    constexpr bool open = V.is_open(p, false);
-    constexpr int step = V.half_step(p, false);
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(tile + V.plane_offset(p)) + word;
-    uint32_t w0 = words[0], w1;  // rows 0-7 and 8-15 of tokens 2t.. ; x0, x1: of tokens 2t+8..
-    uint32_t x0, x1;
-    if constexpr (plane.half) {
-      const auto second_half = [](uint32_t w, int by) { return by < 0 ? w << -by : w >> by; };
-      x0 = open ? high_bytes(w0) : w0 >> 8;
-      x1 = step == plane.bits ? x0 : second_half(w0, 8 + plane.bits - step);
-      w1 = step == plane.bits ? w0 : second_half(w0, plane.bits - step);
-      if (open) w0 = w1 = low_bytes(w0);
-    } else {
-      x0 = words[32];
-      w1 = open ? high_bytes(w0) : w0 >> (8 - step);
-      x1 = open ? high_bytes(x0) : x0 >> (8 - step);
-      if (open) w0 = low_bytes(w0), x0 = low_bytes(x0);
+    constexpr int finer = V.merge_into(p).plane;
+    uint32_t w[4], mixed[2][4];  // mixed: with the finer plane's fields below those of every other field of this one
+    value_words<V, p>(w, tile, lane);
+    if constexpr (finer >= 0) {
+      uint32_t below[4];
+      value_words<V, finer>(below, tile, lane);
+      static_for<2>([&](auto is) {
+        constexpr int odd = is;
+        static_for<2>([&](auto iy) {
+          constexpr int y = iy;
+          constexpr uint32_t mask = merged_mask<V>(p, odd, y);
+          mixed[odd][y] = select_bits(mask, w[y], below[y]);
+          mixed[odd][2 + y] = select_bits(mask, w[2 + y], below[2 + y]);
+        });
+      });
     }
     static_for<plane.count>([&](auto ii) {
       constexpr int i = ii;
       constexpr int group = plane.groups[i];
       constexpr int exponent = V.match_exponent(p, group, 0, false);
-      constexpr bool is_top = open && i == plane.count - 1;
-      constexpr uint32_t m0 = is_top && !plane.half ? ~0u : field_mask(plane.bits, V.field_bit(p, group, 0, false));
-      constexpr uint32_t m1 = is_top ? ~0u : field_mask(plane.bits, V.field_bit(p, group, 1, false));
-      mma_f16(o[group], w0 & m0, w1 & m1, x0 & m0, x1 & m1, scaled_half2<exponent>(p0), scaled_half2<exponent>(p1));
+      constexpr bool is_top = V.is_open(p, false) && i == plane.count - 1;
+      if constexpr (V.is_merged(p, group)) {
+        static_assert(exponent == 0);
+      } else if constexpr (finer >= 0 && V.is_merged(finer < 0 ? 0 : finer, group)) {
+        constexpr int bits = plane.bits + V.planes[finer].bits;
+        constexpr uint32_t m0 = field_mask(bits, V.field_bit(finer, group, 0, false));
+        constexpr uint32_t m1 = field_mask(bits, V.field_bit(finer, group, 1, false));
+        const uint32_t(&x)[4] = mixed[i % 2];
+        mma_f16(o[group], x[0] & m0, x[1] & m1, x[2] & m0, x[3] & m1, p0, p1);
+      } else {
+        constexpr uint32_t m0 = is_top && !plane.half ? ~0u : field_mask(plane.bits, V.field_bit(p, group, 0, false));
+        constexpr uint32_t m1 = is_top ? ~0u : field_mask(plane.bits, V.field_bit(p, group, 1, false));
+        mma_f16(o[group], w[0] & m0, w[1] & m1, w[2] & m0, w[3] & m1, scaled_half2<exponent>(p0),
+                scaled_half2<exponent>(p1));
+      }
     });
   });
 }

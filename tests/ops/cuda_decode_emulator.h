@@ -189,6 +189,7 @@ inline uint32_t multiply_subtract_half2(uint32_t a, uint32_t b, uint32_t c) {
   return pack_f16(half_value(a) * half_value(b) - half_value(c),
                   half_value(a >> 16) * half_value(b >> 16) - half_value(c >> 16));
 }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
