@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_kqsvd.calibration.gradients import FarAttention
+from vllm_kqsvd.checkpoint import loading_options
 from vllm_kqsvd.errors import CalibrationError, UnsupportedError
 
 ATTENTION = "kqsvd_capture"
@@ -126,8 +127,9 @@ def load_model(folder: str, device: torch.device | str, dtype: torch.dtype) -> P
     AttentionInterface.register(ATTENTION, _capture)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
-    except (OSError, ValueError, KeyError) as e:
+        options = loading_options(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION, **options)
+    except (OSError, ValueError, KeyError, ImportError) as e:
         raise CalibrationError(f"cannot load a causal language model from {folder}: {e}") from e
     model = nn.Module.to(model, device)
     return model.eval().requires_grad_(False)

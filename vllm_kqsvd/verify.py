@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_kqsvd.checkpoint import loading_options
 from vllm_kqsvd.errors import ConfigError
 from vllm_kqsvd.projection import Projection, load_projection
 from vllm_kqsvd.verify_harness import ProjectionCodec, ReadRule, Score, run_windows
@@ -158,5 +159,5 @@ def load_model(model_dir: Path, device: str, dtype: torch.dtype):
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {model_dir} is not a fast one; verify needs tokenizer.json")
     print(f"loading {model_dir} in {dtype} on {device}", file=sys.stderr)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **loading_options(model_dir))
     return model.to(device).eval(), tokenizer

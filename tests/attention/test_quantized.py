@@ -43,3 +43,16 @@ def test_a_projection_belongs_to_the_weights_as_stored(tiny: Path, tmp_path: Pat
     quantized = ModelFingerprint.from_hf(write_quantized(tmp_path / "model", tiny / "model", dtype))
     (said,) = plain.differences(quantized)
     assert said.startswith("weights ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_calibration_expands_the_weights(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    pytest.importorskip("compressed_tensors")
+    from vllm_kqsvd.calibration.capture import load_model
+
+    plain = load_model(str(tiny / "model"), "cpu", torch.float32)
+    expanded = load_model(str(write_quantized(tmp_path / "model", tiny / "model", dtype)), "cpu", torch.float32)
+    a, b = (m.model.layers[1].self_attn.k_proj.weight for m in (plain, expanded))
+    assert b.dtype == torch.float32 and 0 < (a - b).norm() / a.norm() < 0.03
+    prompt = torch.tensor([prompt_of(40)])
+    assert torch.isfinite(expanded(prompt).logits).all()
