@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import decode_fit, decode_plot, fidelity_plot, serving_plot, speed_plot
+from benchmarks import decode_fit, decode_plot, fidelity_plot, robustness_plot, serving_plot, speed_plot
 from benchmarks.report_tables import (
     PROVENANCE,
     RESULTS,
@@ -30,7 +30,7 @@ from benchmarks.report_tables import (
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
-SHOWN = {"decode_attention", "fidelity", "serving", "serving_load", "store_latent"}
+SHOWN = {"decode_attention", "fidelity", "robustness", "serving", "serving_load", "store_latent"}
 LONGEST = 40  # rows of a table on the page
 HEADER = """# Results
 
@@ -202,6 +202,11 @@ def load_section() -> str:
     return "\n\n".join([*parts, provenance(rows)])
 
 
+def robustness_section() -> str:
+    """What a projection owes to the text it was calibrated on."""
+    return robustness_plot.section(IMAGES)
+
+
 def store_section() -> str:
     """Storing one step's tokens. Rows without a command are of an older kernel and stay in the CSV."""
     rows = newest(list(filter(recorded, read("store_latent"))), ("device", "bits", "tokens", "arm"))
@@ -236,6 +241,7 @@ def main() -> None:
         decode_section,
         fidelity_section,
         served_section,
+        robustness_section,
         store_section,
         other_sections,
     )

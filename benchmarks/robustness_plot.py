@@ -9,6 +9,7 @@ from benchmarks.report_tables import Row, newest, provenance, read, table
 
 KEY = ("model", "study", "setting", "text", "bits", "context")
 TOKENS = 2048  # of a window
+KINDS = ("prose", "code", "chat", "german")
 
 
 def rows() -> list[Row]:
@@ -18,7 +19,7 @@ def rows() -> list[Row]:
 
 def kl_table(found: list[Row], first: str) -> str:
     """KL by setting (down) and text and bits (across)."""
-    texts = list(dict.fromkeys(r["text"] for r in found))
+    texts = sorted({r["text"] for r in found}, key=KINDS.index)
     columns = [(b, t) for b in sorted({r["bits"] for r in found}, reverse=True) for t in texts]
     cells = {(r["setting"], r["bits"], r["text"]): f"{float(r['kl']):.4f}" for r in found}
     columns = [c for c in columns if any((s, *c) in cells for s in {r["setting"] for r in found})]
@@ -29,7 +30,7 @@ def kl_table(found: list[Row], first: str) -> str:
 
 def of_domain(found: list[Row]) -> list[Row]:
     """The domain study with the equally large mixed calibration of the data study."""
-    mixed = [{**r, "setting": "mixed"} for r in found if r["study"] == "data" and r["setting"] == "4"]
+    mixed = [{**r, "setting": "mixed"} for r in found if r["study"] == "data" and r["setting"] == "1"]
     return [r for r in found if r["study"] == "domain"] + mixed
 
 
@@ -48,16 +49,25 @@ def draw(found: list[Row], path: Path) -> None:
                 [float(r["kl_se"]) for _, r in line], fmt=f"o{style}", color=f"C{n}", label=f"{text}, {bits} bits",
                 capsize=2,
             )  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="tokens calibrated on (mixed text)", ylabel="KL, nats per token")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens calibrated on (mixed text, without gradient windows)",
+        ylabel="KL, nats per token",
+    )
     left.set_title("Amount of text")
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", ncol=2)
+    left.set_ylim(top=0.05)
     domain = [r for r in of_domain(found) if r["bits"] == "3"]
-    texts, kinds = (list(dict.fromkeys(r[k] for r in domain)) for k in ("text", "setting"))
+    texts, kinds = (
+        sorted({r["text"] for r in domain}, key=KINDS.index),
+        list(dict.fromkeys(r["setting"] for r in domain)),
+    )
     for n, kind in enumerate(kinds):
         mine = {r["text"]: float(r["kl"]) for r in domain if r["setting"] == kind}
         at = [i + n / (len(kinds) + 1) for i, t in enumerate(texts) if t in mine]
         right.bar(at, [mine[t] for t in texts if t in mine], 1 / (len(kinds) + 1), label=kind)
-    right.set_xticks([i + 0.4 for i in range(len(texts))], texts)
+    right.set_xticks([i + (len(kinds) - 1) / 2 / (len(kinds) + 1) for i in range(len(texts))], texts)
     right.set(xlabel="text that is read", ylabel="KL, nats per token", title="Kind of text, 3 bits")
     right.legend(title="calibrated on", fontsize="small")
     figure.savefig(path, dpi=150)
@@ -82,7 +92,7 @@ def section(images: Path) -> str:
         kl_table(of("data"), "windows"),
     ]
     if of("domain"):
-        parts += ["### Kind of text: four windows of one kind", kl_table(of_domain(found), "calibrated on")]
+        parts += ["### Kind of text: one window of it (3,072 tokens)", kl_table(of_domain(found), "calibrated on")]
     if of("first"):
         parts += ["### First tokens (64 windows without BOS)", kl_table(of("first"), "text opens with")]
     if of("lora"):
