@@ -61,6 +61,19 @@ SHAPES = {
         num_key_value_heads=8,
         head_dim=64,
     ),
+    # small enough that a CPU core shows what a cache admits rather than what it computes
+    "toy-4-layers": dict(
+        LLAMA,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=49152,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 # named width -> plan of the decode kernels' catalogue
 PLANS_BY_BITS = {4.0: "d128_b130", 3.0: "d128_b98", 2.5: "d128_b82", 2.0: "d128_b66"}
