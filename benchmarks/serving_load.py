@@ -174,28 +174,42 @@ def command_line(arguments: list[str]) -> str:
     return "python -m benchmarks.serving_load " + shlex.join(short)
 
 
-@contextmanager
-def serving(arm: str, model: Path, options: argparse.Namespace) -> Iterator[tuple[Server, dict]]:
-    """(server of one arm, what its rows have in common)."""
-    name, _, given = arm.partition("=")
-    projection, bits = None, BITS.get(name)
+@dataclass(frozen=True)
+class Arm:
+    """A cache format to serve: its name, the projection it needs, bits per element."""
+
+    name: str
+    projection: Path | None
+    bits: float | None
+
+
+def arm_of(text: str, model: Path, options: argparse.Namespace) -> Arm:
+    """The arm of "auto", "kqsvd-4=DIR" or, with random bases, "kqsvd-4"."""
+    name, _, given = text.partition("=")
     if given:
         from vllm_kqsvd.projection import load_projection
 
-        projection, found = Path(given).resolve(), load_projection(given)
+        found = load_projection(given)
         elements = sum(2 * e.codec.num_kv_heads * e.codec.head_dim for e in found.layers.values())
-        bits = 8 * found.bytes_per_token / elements
-    elif name.startswith("kqsvd"):
-        projection, bits = model / name, write_projection(name, model, options.model)
+        return Arm(name, Path(given).resolve(), 8 * found.bytes_per_token / elements)
+    if name.startswith("kqsvd"):
+        return Arm(name, model / name, write_projection(name, model, options.model))
+    return Arm(name, None, BITS.get(name))
+
+
+@contextmanager
+def serving(arm: Arm, model: Path, options: argparse.Namespace) -> Iterator[tuple[Server, dict]]:
+    """(server of one arm, what its rows have in common)."""
     begin = time.perf_counter()
-    with Server(model, serve_arguments(name, projection, options), options.logs / f"serve.{name}.log") as server:
+    arguments = serve_arguments(arm.name, arm.projection, options)
+    with Server(model, arguments, options.logs / f"serve.{arm.name}.log") as server:
         common = {
             **provenance("serving_load"),
             "device": device(),
             "command": command_line(sys.argv[1:]),
             "model": options.model,
-            "format": name,
-            "bits": bits,
+            "format": arm.name,
+            "bits": arm.bits,
             "tensor_parallel": options.tensor_parallel,
             "kv_tokens": server.kv_tokens(),
             "start_s": round(time.perf_counter() - begin, 1),
@@ -235,23 +249,24 @@ def measure(load: Load, model: Path, server: Server, common: dict, options: argp
 def measure_all(model: Path, options: argparse.Namespace) -> None:
     """Every load against every arm: arm by arm, or all servers taking turns."""
     loads = [load for loads in options.loads for load in loads]
+    arms = [arm_of(text, model, options) for text in options.arms]
 
-    def start(arm: str, stack: ExitStack) -> list[tuple[Server, dict]]:
+    def start(arm: Arm, stack: ExitStack) -> list[tuple[Server, dict]]:
         try:
             return [stack.enter_context(serving(arm, model, options))]
         except RuntimeError as error:  # a server that did not start does not cost the other arms
-            print(f"{arm}: {error}", flush=True)
+            print(f"{arm.name}: {error}", flush=True)
             return []
 
     if options.together:
         with ExitStack() as stack:
             with ThreadPoolExecutor() as pool:
-                servers = [s for found in pool.map(lambda arm: start(arm, stack), options.arms) for s in found]
+                servers = [s for found in pool.map(lambda arm: start(arm, stack), arms) for s in found]
             for load in loads:
                 for server in servers:
                     measure(load, model, *server, options)
         return
-    for arm in options.arms:
+    for arm in arms:
         with ExitStack() as stack:
             for server in start(arm, stack):
                 for load in loads:
