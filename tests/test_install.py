@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, build_wheel, python
+from tests.ops.decode_sass import budget, cuobjdump, disassembled_instructions_per_element
+from vllm_kqsvd.plan_catalog import Instance
 
 # every installed distribution that is not this project's: name, version and place
 LISTING = """
@@ -154,6 +156,9 @@ def test_the_cuda_wheel(sdist: Path, tmp_path: Path) -> None:
     assert re.search(r"-cp311-abi3-linux_\w+\.whl$", built.name)
     with zipfile.ZipFile(built) as z:
         library = Path(z.extract("vllm_kqsvd/_C.abi3.so", tmp_path))
+    if cuobjdump():
+        instance = Instance("d64_b66", 8, 64)
+        assert disassembled_instructions_per_element(library, instance) <= budget(instance)
     if shutil.which("nm"):
         symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], text=True, capture_output=True).stdout
         assert symbols and not re.findall(r"\bU _?Py\w+", symbols)

@@ -135,6 +135,7 @@ struct SlotStream {
   // Starts the copies of stream slot n into stage n % 2 (collective over the warp); slots are issued in order from 0.
   // begins_step: n is a multiple of the slots of a step, so rope rows may come with it (and 32 slots are whole steps).
   __device__ __forceinline__ void issue(const DecodeParams& p, unsigned n, int stage, bool begins_step, int lane) {
+    static_assert(32 % Cf::kSlots == 0);
     if (begins_step && n % 32 == 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
     if (lane == n % 32 && slot.tiles >= 0) {
       const uint32_t done = bar(stage), to = ring + stage * Cf::kSlotBytes;

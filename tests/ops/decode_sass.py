@@ -2,7 +2,8 @@
 """Instruction budget of the decode kernel's main loop, from its disassembly. No GPU needed.
 
 `python -m tests.ops.decode_sass [plan ...]` compiles csrc/decode_*.cu for sm_90a, finds the loop around the absorb
-products (HGMMA) and prints thread instructions per latent element; it fails above the budget.
+products (HGMMA) and prints thread instructions per latent element; it fails above a kernel's budget. The tests hold the
+kernels that they compile anyway.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ from pathlib import Path
 from vllm_kqsvd.plan_catalog import PLANS, Instance
 
 BUDGET = 2.0  # instructions per latent element, absorb step and rarely taken branches inside the loop included
+# Kernels (4 columns, rope block 32 unless named) with a budget of their own: what they take with nvcc 13.0, and 2 %.
+BUDGETS = {
+    "d128_b130": 1.58,
+    "d128_b130a": 2.07,
+    "d128_b130b": 2.11,
+    "d128_b82": 1.68,
+    "d64_b42b": 2.32,
+    "d64_b50": 2.38,
+    "decode_d64_b66_c8_t64": 2.51,
+}
 _LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
@@ -46,30 +57,42 @@ def main_loop(sass: str) -> list[str]:
     return [text for _, text in lines[best[0] : best[1] + 1]]
 
 
-def instructions_per_element(instance: Instance) -> float:
-    """Thread instructions of the loop over the latent elements (K and V) that a warp reads in it."""
-    source = Path(__file__).parents[2] / "csrc" / f"{instance.name}.cu"
+def budget(instance: Instance) -> float:
+    """Thread instructions per latent element that the kernel may take."""
+    usual = (instance.columns, instance.rope_block) == (4, 32)
+    return BUDGETS.get(instance.plan_name if usual else instance.name, BUDGET)
+
+
+def disassembled_instructions_per_element(binary: Path, instance: Instance) -> float:
+    """`instructions_per_element` of the only decode kernel in a compiled file (cubin or library)."""
     tool = cuobjdump()
     assert tool is not None
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/kernel.cubin"
-        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "--cubin"]
-        subprocess.run(["nvcc", *flags, str(source), "-o", cubin], check=True)
-        sass = subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    sass = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
     entry = next(part for part in sass.split("Function : ") if "decode_kernel" in part[:200])
     _, plan = PLANS[instance.plan_name]
     tokens = 16 // instance.columns * instance.rope_block  # of one warp in one turn of the loop
     return len(main_loop(entry)) * 32 / (tokens * (plan.k.rank + plan.v.rank))
 
 
+def instructions_per_element(instance: Instance) -> float:
+    """Thread instructions of the loop over the latent elements (K and V) that a warp reads in it."""
+    source = Path(__file__).parents[2] / "csrc" / f"{instance.name}.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "--cubin"]
+        subprocess.run(["nvcc", *flags, str(source), "-o", str(cubin)], check=True)
+        return disassembled_instructions_per_element(cubin, instance)
+
+
 def main(names: list[str]) -> int:
-    """Print every figure; 1 if one is over the budget."""
-    worst = 0.0
+    """Print every figure; 1 if one is over its budget."""
+    over = 0
     for name in names or ["d128_b82"]:
-        value = instructions_per_element(Instance(name, 4, 32))
-        print(f"{name}: {value:.2f} instructions per latent element, budget {BUDGET}")
-        worst = max(worst, value)
-    return int(worst > BUDGET)
+        instance = Instance(name, 4, 32)
+        value = instructions_per_element(instance)
+        over |= value > budget(instance)
+        print(f"{name}: {value:.2f} instructions per latent element, budget {budget(instance)}")
+    return int(over)
 
 
 if __name__ == "__main__":

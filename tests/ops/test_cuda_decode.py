@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers import random_codec, side_plan
 from tests.ops.cuda_decode_cases import CASES, run_case
-from tests.ops.decode_sass import BUDGET, cuobjdump, instructions_per_element, main_loop
+from tests.ops.decode_sass import BUDGETS, budget, cuobjdump, instructions_per_element, main_loop
 from vllm_kqsvd.layout import layout_of
 from vllm_kqsvd.ops import cuda_decode_constants as constants
 from vllm_kqsvd.ops import reference
@@ -198,7 +198,14 @@ def test_main_loop_is_the_smallest_around_the_products() -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or cuobjdump() is None, reason="needs nvcc and cuobjdump")
 def test_main_loop_keeps_its_instruction_budget() -> None:
-    assert instructions_per_element(Instance("d128_b82", 4, 32)) <= BUDGET
+    instance = Instance("d128_b82", 4, 32)
+    assert instructions_per_element(instance) <= budget(instance)
+
+
+def test_budgets_are_of_kernels_that_exist() -> None:
+    compiled = {i.name for i in instances()}
+    for name in BUDGETS:
+        assert name in compiled or Instance(name, 4, 32).name in compiled
 
 
 @pytest.mark.gpu
