@@ -30,7 +30,7 @@ KV_BYTES = 256 << 20
 MEMORY_LIMIT = 8 * 10**9  # what the demo may hold on a machine without a GPU
 CONTEXT = 2048
 SERVE = ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "8"]
-# A few windows are enough to show the way; the command's own default is 64 with 12 gradient windows.
+# A few windows are enough to show the way; the command's own default is 64.
 CALIBRATE = ["--preset", "balanced", "--num-windows", "8", "--gradient-windows", "4"]
 VERIFY = ["--context", str(CONTEXT), "--windows", "1"]
 QUESTION = "What is the capital of France, and what is it famous for? Answer in two sentences."

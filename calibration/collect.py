@@ -41,7 +41,7 @@ class CollectOptions:
 
     num_windows: int = 64
     window_length: int = 2048
-    gradient_windows: int = 8
+    gradient_windows: int = 4
     gradient_length: int = 1024
     samples: int = 4096
     window: int = 64
