@@ -52,7 +52,7 @@ def draw(found: list[Row], path: Path) -> None:
     left.set(
         xscale="log",
         yscale="log",
-        xlabel="tokens calibrated on (mixed text, without gradient windows)",
+        xlabel="tokens calibrated on: windows x 2,048",
         ylabel="KL, nats per token",
     )
     left.set_title("Amount of text")
