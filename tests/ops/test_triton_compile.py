@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vllm_kqsvd.ops.triton import TritonOps, decode, dequantize, prefill, store  # noqa: E402
+from vllm_kqsvd.ops.triton import TritonOps, decode, dequantize, merge, prefill, store  # noqa: E402
 
 TYPES = {
     torch.uint8: "*u8",
@@ -38,7 +38,7 @@ KERNELS = [
     (store, "store_kernel"),
     (store, "store_exact_kernel"),
     (decode, "split_kernel"),
-    (decode, "merge_kernel"),
+    (merge, "merge_kernel"),
     (dequantize, "dequantize_kernel"),
     (prefill, "prefill_kernel"),
 ]
@@ -58,7 +58,7 @@ class Recorder:
 
 def compile_launch(kernel, args, kwargs, arch: int):
     """The compiled kernel of a recorded launch for an NVIDIA GPU of compute capability `arch` / 10."""
-    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs[k] for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
     signature, constants, attrs = {}, {}, {}
     for i, param in enumerate(kernel.params):

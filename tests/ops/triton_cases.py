@@ -38,6 +38,8 @@ class Case:
     q_lens: tuple[int, ...] = (1, 3, 1, 20)
     decodes: int = 3
     programs: int = 1  # asks for this many programs, i.e. splits
+    warps: int = 4  # of the split kernel
+    sinks: bool = False  # half of the cached tokens are of the other class
     frame: dict = field(default_factory=dict)
 
 
@@ -58,7 +60,17 @@ CASES = {
     "sliding": Case(sliding=100, block=64, lengths=(250, 20, 230), q_lens=(2, 1, 40), decodes=2, programs=4),
     "sliding-inside-window": Case(sliding=40, lengths=(150, 130), q_lens=(1, 30), decodes=1, frame={"rope_block": 16}),
     "every-position-a-rope-block": Case(lengths=(100, 90), q_lens=(1, 9), decodes=1, frame={"rope_block": 1}),
-    "long-rope-block": Case(lengths=(300, 280), q_lens=(1, 20), decodes=1, frame={"rope_block": 256}),
+    "long-rope-block": Case(lengths=(300, 280), q_lens=(1, 20), decodes=1, warps=1, frame={"rope_block": 256}),
+    "short-rope-block-g1-d32": Case(
+        k=(4, 4), v=(2, 2), dim=32, group=1, lengths=(150,), q_lens=(1,), decodes=1, frame={"rope_block": 4}
+    ),
+    "one-query": Case(
+        k=(4, 4), v=(2, 2), dim=32, group=1, lengths=(200,), q_lens=(1,), decodes=1, block=64, warps=1
+    ),
+    "second-digit": Case(
+        group=1, lengths=(1090,), q_lens=(1,), decodes=1, block=64, warps=16, frame={"rope_block": 1}
+    ),
+    "sinks-everywhere": Case(group=4, lengths=(200,), q_lens=(1,), decodes=1, warps=1, sinks=True),
     "q-len-8": Case(group=8, lengths=(140,), q_lens=(8,), decodes=1),
 }  # fmt: skip
 
@@ -73,7 +85,7 @@ def build(case: Case):
         case.window, case.soft_cap, case.sliding,
     )  # fmt: skip
     ops = TritonOps(codec.to(DEVICE), shape)
-    ops._programs = case.programs
+    ops._programs, ops._warps = case.programs, case.warps
     step = ragged_step(case.lengths, case.q_lens, case.block, case.window_block, gen)
     decodes = case.decodes
     step = replace(
@@ -105,6 +117,9 @@ def test_attention(case, monkeypatch):
     monkeypatch.setattr(layer_ops, "STATE_ROWS", 24)  # and several groups of rows
     ops, reference, step, gen = build(case)
     pages, window, key, value = fill(reference, step, gen)
+    if case.sinks:
+        tiles = pages.view(-1, ops.codec.layout.tile_bytes)[:, ops.codec.layout.scale_offset["k"] :]
+        tiles ^= 128 * torch.randint(0, 2, tiles.shape, generator=gen, dtype=torch.uint8)
     if case.window:
         read = torch.zeros(window.shape[0], case.window_block, dtype=torch.bool)
         for i, (n, q) in enumerate(zip(case.lengths, case.q_lens, strict=True)):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention in the code domain: splits of the latent history, then one kernel that merges them.
+"""Decode attention in the code domain: one split of a request's latent history.
 
-A program of `split_kernel` serves one (request, KV head, split) and the head's whole query group. Rows are
-(repetition, query column): with page-relative RoPE every repetition carries the query turned back to another
-of REPEAT consecutive rope spans, so that one read of the decode matrix absorbs all of them and no row of a
-matrix product stays idle; a row sees only its own span's tokens, and repetitions are merged like splits.
-`merge_kernel` attends to the exact window, adds the splits and applies the value basis once per query.
+A program serves one (request, KV head, split) and the head's query group. Its warps work alone, as the batch of every
+matrix product: a warp takes a super-span, 16 query rows' worth of rope spans, turns the queries back to all of them and
+multiplies them with the decode matrix at once. R of these rows, the columns of its products with codes, belong to S
+spans; the warp reads the same offsets of all S spans together and keeps, of every span's scores, that span's columns,
+so that one [offset, column] tile of scores holds no idle element. Operands come from memory in the order in which
+threads need them (fragments.py); only the softmax weights change hands. docs/design.md has the instruction counts.
 """
 
 from __future__ import annotations
@@ -13,22 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_kqsvd.ops.triton.common import (
-    LOG2E,
-    MEAN_RANK,
-    block_rotation,
-    class_basis,
-    dot_split,
-    plane_fields,
-    power_above,
-    rope_partner,
-    scale_and_class,
-    soft_capped,
-    softmax_step,
-    step_tile,
-    tile_addresses,
-    window_tile,
-)
+from vllm_kqsvd.ops.triton.absorb import absorb, by_quads, code_middles, mean_logits, mean_operands, query_operand
+from vllm_kqsvd.ops.triton.common import LOG2E, MEAN_RANK, ROPE_ROWS, SCALE_BIAS, power_above, soft_capped
+from vllm_kqsvd.ops.triton.fragments import key_codes, plane_words, value_codes
 
 
 @triton.jit
@@ -45,11 +33,14 @@ def latent_range(length, q_len, WINDOW: tl.constexpr, SLIDING: tl.constexpr):
 
 
 @triton.jit
-def split_range(start, stop, split, splits, SUPER: tl.constexpr):
-    """[first, last) of the split's super-spans of SUPER tokens, and the number of splits that are not empty."""
+def split_range(start, stop, split, splits, SUPER: tl.constexpr, W: tl.constexpr):
+    """[first, last) of the split's super-spans of SUPER tokens, and the number of splits that are not empty.
+
+    Splits are multiples of W super-spans, so that all warps of a program have work but in the last one.
+    """
     low = start // SUPER
     count = tl.cdiv(stop, SUPER) - low
-    per = tl.maximum(tl.cdiv(count, splits), 1)
+    per = tl.maximum(tl.cdiv(count, splits * W), 1) * W
     first = low + split * per
     return first, tl.minimum(first + per, low + count), tl.cdiv(count, per)
 
@@ -64,50 +55,60 @@ def visible(position, stop, q_position, SLIDING: tl.constexpr):
 
 
 @triton.jit
-def absorb(
-    query,  # row addresses [M]
-    live,
-    norm,
-    block,  # rope block of each row [M]
-    rope,
-    decode,
-    means,
-    PLANES: tl.constexpr,
-    DIM: tl.constexpr,
-    PAD: tl.constexpr,
-    TURN: tl.constexpr,
-    HALF_ROT: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+def own_span(parts, owner):
+    """Of one tensor per span, in every column the one of its owner: tuple of [.., R], owner [.., R] int32."""
+    out = parts[0]
+    for s in tl.static_range(1, len(parts)):
+        out = tl.where(owner == s, parts[s], out)
+    return out
+
+
+@triton.jit
+def by_thread(x):
+    """Sums of [W, 16 TILES, R] over what one thread holds: [W, 8, R]."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8, x.shape[2])), 1)
+
+
+@triton.jit
+def column_bytes(address, R: tl.constexpr):
+    """Bytes at addresses [4, 8, W, TILES, 2, 2 or 1] -> [W, 16 TILES, R] int32."""
+    W: tl.constexpr = address.shape[2]
+    TILES: tl.constexpr = address.shape[3]
+    byte = tl.broadcast_to(tl.load(address).to(tl.int32), (4, 8, W, TILES, 2, 2))
+    byte = tl.reshape(tl.permute(byte, (2, 3, 4, 1, 0, 5)), (W, 16 * TILES, 1, 8))
+    return tl.reshape(tl.broadcast_to(byte, (W, 16 * TILES, R // 8, 8)), (W, 16 * TILES, R))
+
+
+@triton.jit
+def basis_rows(basis, offset):
+    """Mean basis of offsets [1, 8, W, TILES, 2]: high and low terms [W, 16 TILES, MEAN_RANK] float16."""
+    W: tl.constexpr = offset.shape[2]
+    TILES: tl.constexpr = offset.shape[3]
+    at = (offset * 32)[:, :, :, :, :, None] + tl.arange(0, 4)[:, None, None, None, None, None] * 8
+    rows = tl.load(basis + at + tl.arange(0, 8)[None, None, None, None, None, :])
+    rows = tl.permute(tl.reshape(rows, (4, 8, W, TILES, 2, 2, 2, 2)), (2, 3, 4, 1, 6, 0, 7, 5))
+    return tl.split(tl.reshape(rows, (W, 16 * TILES, MEAN_RANK, 2)))
+
+
+@triton.jit
+def tile_address(
+    pages, table, position, stop, page_stride, head, TILES: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr
 ):
-    """Queries against the key codes: (per plane [M, C] float16, against the means [M, 2 * MEAN_RANK] float32)."""
-    line = tl.arange(0, 2 * MEAN_RANK)
-    against_means = tl.zeros([ROWS, 2 * MEAN_RANK], tl.float32)
-    sums = ()
-    for p in tl.static_range(len(PLANES)):
-        sums = sums + (tl.zeros([ROWS, 16 * PLANES[p][1]], tl.float32),)
-    for chunk in range(0, PAD, CHUNK):  # wide heads in chunks: the matrices of a chunk share the shared memory
-        channel = chunk + tl.arange(0, CHUNK)
-        mask = live[:, None] & (channel < DIM)[None, :]
-        x = tl.load(query[:, None] + channel[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
-        if TURN:
-            partner = rope_partner(channel, HALF_ROT, INTERLEAVED)
-            other = tl.load(query[:, None] + partner[None, :], mask, other=0.0).to(tl.float32) / norm[:, None]
-            cos, sin = block_rotation(rope, block, channel, HALF_ROT, INTERLEAVED)
-            x = x * cos + other * sin
-        half = x.to(tl.float16)
-        added = ()
-        for p in tl.static_range(len(PLANES)):
-            column = PLANES[p][4] + tl.arange(0, 16 * PLANES[p][1])
-            matrix = tl.load(decode + column[None, :] * PAD + channel[:, None])
-            added = added + (tl.dot(half, matrix, sums[p]),)
-        sums = added
-        against_means += dot_split(x, tl.load(means + line[None, :] * PAD + channel[:, None]))
-    absorbed = ()
-    for p in tl.static_range(len(PLANES)):
-        absorbed = absorbed + (sums[p].to(tl.float16),)
-    return absorbed, against_means
+    """Addresses of TILES tiles (fourth axis) from positions on; those from `stop` on are read from block 0."""
+    tiles = tl.arange(0, TILES)
+    if len(position.shape) == 5:
+        tiles = tiles[None, None, None, :, None]
+    else:
+        tiles = tiles[None, None, None, :, None, None]
+    if BLOCK % (16 * TILES) == 0:
+        block = tl.load(table + position // BLOCK, position < stop, other=0).to(tl.int64)
+        base = pages + (block * page_stride + (head * (BLOCK // 16) + position % BLOCK // 16) * BYTES)
+        out = base + tiles * BYTES
+    else:
+        every = position + 16 * tiles
+        block = tl.load(table + every // BLOCK, every < stop, other=0).to(tl.int64)
+        out = pages + (block * page_stride + (head * (BLOCK // 16) + every % BLOCK // 16) * BYTES)
+    return out
 
 
 @triton.jit
@@ -117,11 +118,12 @@ def split_kernel(
     block_table,
     query_start,
     seq_lens,
-    rope,
+    turns,
     k_decode,
     k_unit,
     k_means,
     k_basis,
+    v_middle,
     partial,
     statistics,
     query_stride,
@@ -147,240 +149,238 @@ def split_kernel(
     OFFSETS: tl.constexpr,
     HALF_ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    SPAN: tl.constexpr,  # tokens per rope span (a rope block or a part of a long one)
-    REPEAT: tl.constexpr,
-    COLS: tl.constexpr,
+    SPAN: tl.constexpr,  # tokens per rope span: a rope block, or 16 tokens of shorter ones
+    SUB: tl.constexpr,  # rope blocks in a span
+    COLS: tl.constexpr,  # queries
     COL_TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    R: tl.constexpr,  # columns of a product: (span, rope block in it, query)
+    SUPER: tl.constexpr,  # tokens of a super-span
+    TILES: tl.constexpr,  # tiles of 16 tokens taken from each span at once
+    W: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
 ):
     """Attention of one split over the latent pages -> partial [.., COLS, V_COLUMNS], statistics [.., 3, COLS]."""
+    S: tl.constexpr = R // (COLS * SUB)  # spans of a product
+    HALVES: tl.constexpr = SUPER // (S * SPAN)
+    E: tl.constexpr = 2 if COLS * SUB == 1 else 1  # whether neighbouring columns belong to different spans
+    UNIT: tl.constexpr = 16777216.0 if SUBNORMAL else 1.0  # of a code as it enters the products
     request = tl.program_id(0)
     head = tl.program_id(1) // COL_TILES
     start = tl.load(query_start + request)
     q_len = tl.load(query_start + request + 1) - start
     length = tl.load(seq_lens + request)
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(1) % COL_TILES * COLS + row % COLS
-    repetition = row // COLS
-    live = (column < GROUP * q_len) & (repetition < REPEAT)
     low, stop = latent_range(length, q_len, WINDOW, SLIDING)
-    first, last, used = split_range(low, stop, tl.program_id(2), splits, SPAN * REPEAT)
+    first, last, used = split_range(low, stop, tl.program_id(2), splits, SUPER, W)
     if (q_len <= 0) | (length <= 0) | (first >= last):
         return
+    stop = tl.minimum(stop, last * SUPER)  # the warps of the last turn may find nothing to do
+    # Zero, which the compiler does not know: a thread is to load one word although words lie side by side, and
+    # constants again in every turn although they do not change, because they would fill the registers.
+    zero = splits >> 31
 
-    q_position = length - q_len + column // GROUP
-    token_row = (start + column // GROUP).to(tl.int64) * query_stride
-    q_rows = query + token_row + (head * GROUP + column % GROUP) * DIM
-    channel = tl.arange(0, PAD)
-    q = tl.load(q_rows[:, None] + channel[None, :], live[:, None] & (channel < DIM)[None, :], other=0.0)
-    norm = power_above(tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)))
+    # Axes [t, g, warp, ..]: thread 4 g + t of a warp. Rows g + 8 x of the absorb product are (half, span, rope block,
+    # query), columns of the products with codes (span, rope block, query). Idle ones repeat the last query.
+    t = tl.arange(0, 4)[:, None, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None, None]
+    warp = tl.arange(0, W)[None, None, :, None, None]
+    x = tl.arange(0, 2)[None, None, None, None, :]
+    row = g + 8 * tl.arange(0, 2)[None, None, None, :, None] + 0 * warp
+    if R == 8:
+        query_row = g + 0 * warp
+    else:
+        query_row = row
+    first_column = tl.program_id(1) % COL_TILES * COLS
+    last_column = GROUP * q_len - 1
+    column = tl.minimum(first_column + query_row % COLS, last_column)
+    q_rows = query + (start + column // GROUP).to(tl.int64) * query_stride + (head * GROUP + column % GROUP) * DIM
+    channel = t * (PAD // 4) + tl.arange(0, PAD // 4)[None, None, None, None, :]
+    q = tl.load(q_rows + channel, channel < DIM, other=0.0).to(tl.float32)
+    inverse = 1.0 / power_above(tl.sqrt(tl.sum(tl.sum(q * q, 4, keep_dims=True), 0, keep_dims=True)))
+
+    n = tl.arange(0, R)[None, None, :]
+    owner = n // (COLS * SUB)
+    n_column = first_column + n % COLS
+    clamped = tl.minimum(n_column, last_column)
+    n_rows = query + (start + clamped // GROUP).to(tl.int64) * query_stride + (head * GROUP + clamped % GROUP) * DIM
+    channel = tl.arange(0, PAD)[None, :, None]
+    q = tl.load(n_rows + channel, channel < DIM, other=0.0).to(tl.float32)
+    factor = power_above(tl.sqrt(tl.sum(q * q, 1, keep_dims=True))) * SCALE
+    if CAP == 0:
+        factor = factor * LOG2E
+    q_position = length - q_len + n_column // GROUP
+    limit = tl.where(n_column <= last_column, stop, 0)
+    if WINDOW == 0:
+        limit = tl.minimum(limit, q_position + 1)
+
     decode = k_decode + head * K_COLUMNS * PAD
-    means = k_means + head * 2 * MEAN_RANK * PAD
-    unit = tl.load(k_unit + head)
+    means = k_means + head * 4 * MEAN_RANK * PAD  # two classes, two terms
+    unit = tl.load(k_unit + head) * (UNIT / (1 << HEADROOM))
+    k_bias = unit.to(tl.int32, bitcast=True) - 0x3F800000 + SCALE_BIAS  # a scale's exponent, unit included
     table = block_table + request.to(tl.int64) * table_stride
+    k_lane = (4 * g + t + zero) * 4
+    v_lane = ((8 * t + g) ^ zero) * 4
 
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sinks = tl.zeros([ROWS], tl.float32)
+    m = tl.full([W, 1, R], float("-inf"), tl.float32)
+    total = tl.zeros([W, 8, R], tl.float32)
+    sinks = tl.zeros([W, 8, R], tl.float32)
+    weights = tl.zeros([W, 8, R], tl.float32)
     acc = ()
     for p in tl.static_range(len(V_PLANES)):
-        acc = acc + (tl.zeros([ROWS, 16 * V_PLANES[p][1]], tl.float32),)
+        acc = acc + (tl.zeros([W, 16 * V_PLANES[p][1], R], tl.float32),)
     if ROPE_BLOCK == 0:
-        absorbed, mean_query = absorb(
-            q_rows, live, norm, row, rope, decode, means, K_PLANES, DIM, PAD, False, HALF_ROT, INTERLEAVED, ROWS, CHUNK
-        )
-    for span in range(first, last):
+        sums, ordinary, sink = absorb(
+            q_rows, inverse, row, False, turns, decode, means, K_PLANES, K_COLUMNS, DIM, PAD, False, HALF_ROT,
+            INTERLEAVED, 8,
+        )  # fmt: skip
+    for at in tl.range(first, last, W, num_stages=1):
+        again = at * zero * 256
         if ROPE_BLOCK > 0:
-            block = (span * REPEAT + repetition) * SPAN // ROPE_BLOCK
-            absorbed, mean_query = absorb(
-                q_rows, live, norm, block, rope, decode, means, K_PLANES, DIM, PAD, HALF_ROT > 0, HALF_ROT, INTERLEAVED,
-                ROWS, CHUNK,
+            block = (at + warp) * (SUPER // ROPE_BLOCK) + row // COLS
+            far = (at + W) * (SUPER // ROPE_BLOCK) > ROPE_ROWS
+            sums, ordinary, sink = absorb(
+                q_rows + again, inverse, block, far, turns, decode + again, means + again, K_PLANES, K_COLUMNS,
+                DIM, PAD, HALF_ROT > 0, HALF_ROT, INTERLEAVED, 8,
             )  # fmt: skip
-        begin = span * (SPAN * REPEAT)
-        for at in range(begin, tl.minimum(begin + SPAN * REPEAT, stop), TILE):
-            position = at + tl.arange(0, TILE)
-            tiles = tile_addresses(pages, table, at, position, stop, page_stride, head, BLOCK_SIZE, TILE_BYTES, TILE)
-            token = position % 16
-            k_scale, k_sink = scale_and_class(tiles, token, K_SCALE)
-            score = tl.zeros([ROWS, TILE], tl.float32)
+        operands = ()
+        middles = ()
+        lines = ()
+        for half in tl.static_range(HALVES):
+            absorbed = ()
             for p in tl.static_range(len(K_PLANES)):
-                fields = plane_fields(tiles, token, K_PLANES, p, True)
-                score = tl.dot(absorbed[p], tl.trans(fields), score)
-            means_part = dot_split(mean_query, tl.trans(class_basis(k_basis, position % OFFSETS, k_sink)))
-            score = (score * (k_scale * unit)[None, :] + means_part) * (norm * SCALE)[:, None]
-            score = soft_capped(score, CAP) * LOG2E
-            seen = visible(position, stop, q_position, SLIDING) & live[:, None]
-            if REPEAT > 1:
-                seen = seen & ((position // SPAN % REPEAT)[None, :] == repetition[:, None])
-            p_, rescale, m, total = softmax_step(tl.where(seen, score, float("-inf")), m, total)
-            v_scale, v_sink = scale_and_class(tiles, token, V_SCALE)
-            sinks = sinks * rescale + tl.sum(tl.where(v_sink[None, :], p_, 0.0), 1)
-            weight = (p_ * v_scale[None, :]).to(tl.float16)
+                absorbed = absorbed + (by_quads(query_operand(sums[p].to(tl.float16), half, R)),)
+            operands = operands + (absorbed,)
+            middle = code_middles(absorbed, K_PLANES, SUBNORMAL)
+            middles = middles + (tl.reshape(tl.broadcast_to(middle[:, None], (W, TILES, 16, R)), (W, 16 * TILES, R)),)
+            lines = lines + (mean_operands(ordinary, half, R) + mean_operands(sink, half, R),)
+
+        for piece in tl.range(0, SPAN, 16 * TILES, num_stages=1):
+            # Scores: products with the codes of every span, of which each column keeps its own.
+            begin = (at + warp) * SUPER + piece
+            offset = piece + 16 * tl.arange(0, TILES)[None, None, None, :, None] + 8 * x + g + 0 * warp
+            basis_high, basis_low = basis_rows(k_basis + again, offset % OFFSETS)
+            scores = ()
+            v_bytes = ()
+            for half in tl.static_range(HALVES):
+                parts = ()
+                for s in tl.static_range(S):
+                    base = tile_address(
+                        pages,
+                        table,
+                        begin + (half * S + s) * SPAN,
+                        stop,
+                        page_stride,
+                        head,
+                        TILES,
+                        BLOCK_SIZE,
+                        TILE_BYTES,
+                    )
+                    score = middles[half]
+                    for p in tl.static_range(len(K_PLANES)):
+                        codes = key_codes(plane_words(base + k_lane, K_PLANES, p), K_PLANES, p, SUBNORMAL)
+                        score = tl.dot(codes, operands[half][p], score)
+                    parts = parts + (score,)
+                score = own_span(parts, owner)
+
+                # Scale and class of a column's own span: thread t holds columns 2 t and 2 t + 1.
+                e = tl.arange(0, E)[None, None, None, None, None, :]
+                span = (2 * t[:, :, :, :, :, None] + e) // (COLS * SUB) % S + half * S
+                base = tile_address(
+                    pages, table, begin[:, :, :, :, :, None] + span * SPAN, stop, page_stride, head, TILES, BLOCK_SIZE,
+                    TILE_BYTES,
+                )  # fmt: skip
+                scales = base + (g + zero)[:, :, :, :, :, None] + 8 * x[:, :, :, :, :, None]
+                k_byte = column_bytes(scales + K_SCALE, R)
+                v_bytes = v_bytes + (column_bytes(scales + V_SCALE, R),)
+                k_scale = (((k_byte & 127) << 20) + k_bias).to(tl.float32, bitcast=True)
+                of_mean = mean_logits(basis_high, basis_low, lines[half][0], lines[half][1])
+                of_sink = mean_logits(basis_high, basis_low, lines[half][2], lines[half][3])
+                score = score * k_scale + tl.where(k_byte >= 128, of_sink, of_mean)
+                if CAP > 0:
+                    score = soft_capped(score * factor, CAP) * LOG2E
+
+                j = tl.arange(0, 16 * TILES)[None, :, None]
+                n_begin = (at + tl.arange(0, W)[:, None, None]) * SUPER + piece + (half * S + owner) * SPAN
+                seen = j < limit - n_begin
+                if SLIDING > 0:
+                    seen = seen & (j > q_position - SLIDING - n_begin)
+                if SUB > 1:
+                    seen = seen & (j // ROPE_BLOCK == n // COLS % SUB)
+                scores = scores + (tl.where(seen, score, float("-inf")),)
+
+            # Softmax; of sums, every thread keeps its own tokens' part.
+            highest = scores[0]
+            for half in tl.static_range(1, HALVES):
+                highest = tl.maximum(highest, scores[half])
+            highest = tl.max(highest, 1, keep_dims=True)
+            if CAP == 0:
+                highest = highest * factor
+            m_new = tl.maximum(m, highest)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            rescale = tl.exp2(m - top)
+            m = m_new
+            total = total * rescale
+            sinks = sinks * rescale
+            weights = weights * rescale
             added = ()
             for p in tl.static_range(len(V_PLANES)):
-                fields = plane_fields(tiles, token, V_PLANES, p, False)
-                added = added + (tl.dot(weight, fields, acc[p] * rescale[:, None]),)
+                added = added + (acc[p] * rescale,)
             acc = added
 
-    # Repetitions are disjoint sets of tokens: fold them, so that the merge reads one row per query.
-    m2 = tl.reshape(m, (ROWS // COLS, COLS))
+            # Values: every span's codes with the weights of its own columns.
+            for half in tl.static_range(HALVES):
+                if CAP == 0:
+                    p_ = tl.exp2(scores[half] * factor - top)
+                else:
+                    p_ = tl.exp2(scores[half] - top)
+                v_byte = v_bytes[half]
+                v_scale = (((v_byte & 127) << 20) + SCALE_BIAS).to(tl.float32, bitcast=True)
+                weight = (p_ * v_scale).to(tl.float16)
+                total += by_thread(p_)
+                sinks += by_thread(tl.where(v_byte >= 128, p_, 0.0))
+                weights += by_thread(weight.to(tl.float32))
+                weight = tl.permute(tl.reshape(weight, (W, TILES, 2, 4, 2, R)), (0, 1, 3, 2, 4, 5))
+                weight = tl.reshape(weight, (W, 16 * TILES, R))
+                for s in tl.static_range(S):
+                    base = tile_address(
+                        pages,
+                        table,
+                        begin + (half * S + s) * SPAN,
+                        stop,
+                        page_stride,
+                        head,
+                        TILES,
+                        BLOCK_SIZE,
+                        TILE_BYTES,
+                    )
+                    own = weight
+                    if S > 1:
+                        own = tl.where(owner == s, weight, 0.0)
+                    added = ()
+                    for p in tl.static_range(len(V_PLANES)):
+                        codes = value_codes(plane_words(base + v_lane, V_PLANES, p), V_PLANES, p, SUBNORMAL)
+                        added = added + (tl.dot(codes, own, acc[p]),)
+                    acc = added
+
+    # Warps, spans and rope blocks are disjoint sets of tokens: fold them, so that the merge reads one row per query.
+    FOLD: tl.constexpr = W * R // COLS
+    m2 = tl.reshape(m, (FOLD, COLS))
     top = tl.max(m2, 0)
     fold = tl.exp2(m2 - tl.where(top == float("-inf"), 0.0, top)[None, :])
     part = (request * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits + tl.program_id(2)
     col = tl.arange(0, COLS)
     stats = statistics + part * (3 * COLS) + col
+    total = tl.sum(total, 1, keep_dims=True)
+    sinks = tl.sum(sinks, 1, keep_dims=True)
+    weights = tl.sum(weights, 1, keep_dims=True)
     tl.store(stats, top)
-    tl.store(stats + COLS, tl.sum(tl.reshape(total, (ROWS // COLS, COLS)) * fold, 0))
-    tl.store(stats + 2 * COLS, tl.sum(tl.reshape(sinks, (ROWS // COLS, COLS)) * fold, 0))
+    tl.store(stats + COLS, tl.sum(tl.reshape(total, (FOLD, COLS)) * fold, 0))
+    tl.store(stats + 2 * COLS, tl.sum(tl.reshape(sinks, (FOLD, COLS)) * fold, 0))
+    fold = tl.reshape(fold, (W, 1, R))
+    weights = weights * fold
     for p in tl.static_range(len(V_PLANES)):
-        cube = tl.reshape(acc[p], (ROWS // COLS, COLS, 16 * V_PLANES[p][1]))
         to = V_PLANES[p][4] + tl.arange(0, 16 * V_PLANES[p][1])
-        at = partial + (part * COLS + col)[:, None] * V_COLUMNS + to[None, :]
-        tl.store(at, tl.sum(cube * fold[:, :, None], 0))
-
-
-@triton.jit
-def merge_kernel(
-    query,
-    key,
-    value,
-    window_pages,
-    window_table,
-    query_start,
-    seq_lens,
-    v_decode,
-    v_unit,
-    v_centers,
-    partial,
-    statistics,
-    output,
-    query_stride,
-    key_stride,
-    value_stride,
-    window_table_stride,
-    window_block_stride,
-    window_head_stride,
-    window_token_stride,
-    output_stride,
-    splits,
-    SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SLIDING: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    PAD: tl.constexpr,
-    WINDOW_BLOCK_SIZE: tl.constexpr,
-    V_PLANES: tl.constexpr,
-    V_COLUMNS: tl.constexpr,
-    SUPER: tl.constexpr,
-    COLS: tl.constexpr,
-    COL_TILES: tl.constexpr,
-    ROWS: tl.constexpr,  # at least 16: the rows beyond COLS take further splits
-    WINDOW_TILE: tl.constexpr,
-):
-    """Exact window, splits and value basis of one (request, KV head, column tile) -> rows of output."""
-    request = tl.program_id(0)
-    head = tl.program_id(1) // COL_TILES
-    start = tl.load(query_start + request)
-    q_len = tl.load(query_start + request + 1) - start
-    length = tl.load(seq_lens + request)
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(1) % COL_TILES * COLS + row % COLS
-    inside = column < GROUP * q_len
-    channel = tl.arange(0, PAD)
-    token_row = (start + column // GROUP).to(tl.int64)
-    head_offset = (head * GROUP + column % GROUP) * DIM
-    low, stop = latent_range(length, q_len, WINDOW, SLIDING)
-    unused, none, used = split_range(low, stop, 0, splits, SUPER)
-    if q_len <= 0:
-        return
-    if length <= 0:
-        used = 0
-
-    # Exact window, in the rows of the first repetition.
-    m_near = tl.full([ROWS], float("-inf"), tl.float32)
-    total_near = tl.zeros([ROWS], tl.float32)
-    acc_near = tl.zeros([ROWS, PAD], tl.float32)
-    if WINDOW > 0:
-        live = inside & (row < COLS)
-        q_position = length - q_len + column // GROUP
-        q_at = query + (token_row * query_stride + head_offset)[:, None] + channel[None, :]
-        q = tl.load(q_at, live[:, None] & (channel < DIM)[None, :], other=0.0).to(tl.float32)
-        norm = power_above(tl.max(tl.abs(q), 1))
-        q_half = (q / norm[:, None]).to(tl.float16)
-        table = window_table + request.to(tl.int64) * window_table_stride
-        first = length - q_len  # window pages hold what is before the step, its own rows the rest
-        for at in tl.range(stop, length, WINDOW_TILE, num_stages=1):
-            position = at + tl.arange(0, WINDOW_TILE)
-            old_key, old_value = window_tile(
-                position, first, head, window_pages, table, window_block_stride, window_head_stride,
-                window_token_stride, DIM, PAD, WINDOW_BLOCK_SIZE,
-            )  # fmt: skip
-            own = (position >= first) & (position < length)
-            own_key, own_value = step_tile(
-                start + position - first, own, head, key, value, key_stride, value_stride, DIM, PAD
-            )
-            score = tl.dot(q_half, tl.trans(old_key + own_key)) * (norm * SCALE)[:, None]
-            score = soft_capped(score, CAP) * LOG2E
-            seen = visible(position, length, q_position, SLIDING) & live[:, None]
-            p_, rescale, m_near, total_near = softmax_step(tl.where(seen, score, float("-inf")), m_near, total_near)
-            acc_near = tl.dot(p_.to(tl.float16), old_value + own_value, acc_near * rescale[:, None])
-
-    # Splits: ROWS // COLS at a time.
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sinks = tl.zeros([ROWS], tl.float32)
-    acc = ()
-    for p in tl.static_range(len(V_PLANES)):
-        acc = acc + (tl.zeros([ROWS, 16 * V_PLANES[p][1]], tl.float32),)
-    part = (request * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits
-    for s in range(0, used, ROWS // COLS):
-        split = s + row // COLS
-        full = split < used
-        stats = statistics + (part + split) * (3 * COLS) + row % COLS
-        m_part = tl.load(stats, full, other=float("-inf"))
-        m_new = tl.maximum(m, m_part)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        keep = tl.exp2(m - base)
-        gain = tl.exp2(m_part - base)
-        total = total * keep + tl.load(stats + COLS, full, other=0.0) * gain
-        sinks = sinks * keep + tl.load(stats + 2 * COLS, full, other=0.0) * gain
-        rows_at = partial + ((part + split) * COLS + row % COLS) * V_COLUMNS
-        added = ()
-        for p in tl.static_range(len(V_PLANES)):
-            to = V_PLANES[p][4] + tl.arange(0, 16 * V_PLANES[p][1])
-            piece = tl.load(rows_at[:, None] + to[None, :], full[:, None], other=0.0)
-            added = added + (acc[p] * keep[:, None] + piece * gain[:, None],)
-        acc = added
-        m = m_new
-
-    # Weights of every row, with the sum over repetitions and window as the common denominator.
-    top = tl.max(tl.reshape(tl.maximum(m, m_near), (ROWS // COLS, COLS)), 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    top = tl.reshape(tl.broadcast_to(top[None, :], (ROWS // COLS, COLS)), (ROWS,))
-    far = tl.exp2(m - top)
-    near = tl.exp2(m_near - top)
-    denominator = tl.sum(tl.reshape(total * far + total_near * near, (ROWS // COLS, COLS)), 0)
-    denominator = tl.where(denominator > 0, denominator, 1.0)
-    denominator = tl.reshape(tl.broadcast_to(denominator[None, :], (ROWS // COLS, COLS)), (ROWS,))
-    far = far / denominator
-    near = near / denominator
-
-    result = tl.zeros([ROWS, PAD], tl.float32)
-    for p in tl.static_range(len(V_PLANES)):
-        line = V_PLANES[p][4] + tl.arange(0, 16 * V_PLANES[p][1])
-        matrix = tl.load(v_decode + (head * V_COLUMNS + line)[:, None] * PAD + channel[None, :])
-        result += dot_split(acc[p] * far[:, None], matrix)
-    mean = tl.load(v_centers + 2 * head * PAD + channel)
-    sink = tl.load(v_centers + (2 * head + 1) * PAD + channel)
-    result = result * tl.load(v_unit + head) + acc_near * near[:, None]
-    result += (total * far)[:, None] * mean[None, :] + (sinks * far)[:, None] * (sink - mean)[None, :]
-    folded = tl.sum(tl.reshape(result, (ROWS // COLS, COLS, PAD)), 0)
-
-    col = tl.program_id(1) % COL_TILES * COLS + tl.arange(0, COLS)
-    out_row = (start + col // GROUP).to(tl.int64) * output_stride + (head * GROUP + col % GROUP) * DIM
-    mask = (col < GROUP * q_len)[:, None] & (channel < DIM)[None, :]
-    tl.store(output + out_row[:, None] + channel[None, :], folded.to(output.dtype.element_ty), mask)
+        middle = tl.load(v_middle + to)[None, :, None]
+        centred = tl.sum(acc[p] * (fold * UNIT) - weights * middle, 0)
+        centred = tl.sum(tl.reshape(centred, (16 * V_PLANES[p][1], R // COLS, COLS)), 1)
+        tl.store(partial + (part * COLS + col)[None, :] * V_COLUMNS + to[:, None], centred)

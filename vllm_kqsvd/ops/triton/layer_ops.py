@@ -12,12 +12,15 @@ import triton
 from vllm_kqsvd.codec import LayerCodec
 from vllm_kqsvd.errors import KernelError
 from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
-from vllm_kqsvd.ops.triton import decode, dequantize, prefill, schedule, store
+from vllm_kqsvd.ops.triton import decode, dequantize, merge, prefill, schedule, store
 from vllm_kqsvd.ops.triton.buffers import scratch
+from vllm_kqsvd.ops.triton.fragment_tables import KEY_HEADROOM, fragment_tables
 from vllm_kqsvd.ops.triton.tables import next_power_of_two, rope_tables, side_tables
 
 MAX_SPLITS = 32  # splits of one request; the merge reads them serially
-MAX_CELLS = 4096  # query rows times head_dim per program of the split kernel: what registers hold without spilling
+DECODE_WARPS = 4  # of the split kernel; each works alone until the last step
+DECODE_REGISTERS = 168  # of its threads: three programs per multiprocessor, not two, for 3 % of spilled instructions
+FEW_SUMS = 1536  # value columns times query columns of a warp up to which that is so
 WORKSPACE_SLOTS = 8192  # tokens of context expanded at a time in prefill
 STATE_ROWS = 2048  # new tokens whose running softmax is kept between rounds of prefill
 PREFILL_ROWS = 64  # (token, head of the group) rows per program
@@ -46,11 +49,14 @@ class TritonOps(LayerOps):
         self.device = device = codec.k.encode.device
         self._k, self._v = k, v = side_tables(codec, "k"), side_tables(codec, "v")
         self._rope = rope_tables(codec.rope, t, device)
+        rotary, interleaved = codec.rope.rotary_dim, codec.rope.interleaved
         self._group = shape.num_heads // shape.num_kv_heads
-        self._pad = next_power_of_two(dim)
-        self._span = min(t, 128)
+        self._pad = k.decode.shape[-1]
+        self._fragments = fragment_tables(k, v, rotary, interleaved)
+        self._turns = rope_tables(codec.rope, t, device, self._pad // 2)
+        self._rope_block, self._warps = t, DECODE_WARPS
         on_gpu = device.type == "cuda"
-        self._programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
+        self._programs = 8 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
 
         self._frame = {"ROPE_BLOCK": t, "OFFSETS": k.basis.shape[0]}
         self._frame |= {"HALF_ROT": codec.rope.rotary_dim // 2, "INTERLEAVED": codec.rope.interleaved}
@@ -81,20 +87,21 @@ class TritonOps(LayerOps):
         return scratch("state", rows, torch.float32, self.device).view(self.shape.num_kv_heads, -1)
 
     def _tiling(self, max_decode_len: int) -> dict[str, int]:
-        """Rows of the split kernel for decodes of at most `max_decode_len` query tokens."""
-        need = next_power_of_two(self._group * max_decode_len)
-        smallest = max(1, 16 // self._span) if self._span else 1  # spans below a tile need repetitions
-        cols = max(1, min(need, MAX_CELLS // self._pad // smallest))
-        repeat = max(16 // cols, smallest, 1) if self._span else 1
-        largest = 64 if self._pad <= 128 else 32
-        tile = min(largest, self._span * repeat) if self._span else largest
+        """Shapes of the split kernel for decodes of at most `max_decode_len` query tokens (decode.py)."""
+        t, need = self._rope_block, next_power_of_two(self._group * max_decode_len)
+        span = max(t, 16) if t else 32
+        blocks = span // t if t else 1  # rope blocks in a span
+        cols = max(1, min(need, (16 if self._pad <= 128 else 8) // blocks))
+        columns = max(8, cols * blocks)
+        spans = columns // (cols * blocks)
         return {
             "COLS": cols,
             "COL_TILES": need // cols,
-            "ROWS": max(16, cols * repeat),
-            "REPEAT": repeat,
-            "SPAN": self._span or tile,
-            "TILE": tile,
+            "SPAN": span,
+            "SUB": blocks,
+            "R": columns,
+            "SUPER": span * spans * (16 // columns if t else 1),
+            "TILES": max(1, min(span // 16, 4 // spans)),
         }
 
     def _partials(self, requests: int, max_decode_len: int) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, int]]:
@@ -171,7 +178,8 @@ class TritonOps(LayerOps):
     def _decode(self, query, pages, exact, step: Step, output) -> None:
         key, value, window_pages, table, strides, window_size, window = exact
         partial, statistics, splits, tiling = self._partials(step.num_decodes, max(step.max_decode_len, 1))
-        k, v = self._k, self._v
+        k, v, f = self._k, self._v, self._fragments
+        cuda, sums = torch.version.hip is None, v.columns * tiling["R"]
         grid = (step.num_decodes, self.shape.num_kv_heads * tiling["COL_TILES"])
         decode.split_kernel[(*grid, splits)](
             query,
@@ -179,11 +187,12 @@ class TritonOps(LayerOps):
             step.block_table,
             step.query_start_loc,
             step.seq_lens,
-            self._rope,
-            k.decode,
+            self._turns,
+            f.k_decode,
             k.unit,
-            k.means,
-            k.basis,
+            f.k_means,
+            f.k_basis,
+            f.v_middle,
             partial,
             statistics,
             query.stride(0),
@@ -196,12 +205,16 @@ class TritonOps(LayerOps):
             **self._codes,
             **self._frame,
             **tiling,
-            CHUNK=min(self._pad, 64),
+            W=self._warps,
+            HEADROOM=KEY_HEADROOM,
+            SUBNORMAL=cuda,  # not every AMD matrix core keeps subnormal operands
             WINDOW=window,
-            **self._launch,
+            num_warps=self._warps,
+            num_stages=1,
+            **({"maxnreg": DECODE_REGISTERS} if cuda and sums <= FEW_SUMS else {}),
         )
         rows = max(16, tiling["COLS"])
-        decode.merge_kernel[grid](
+        merge.merge_kernel[grid](
             query,
             key,
             value,
@@ -209,7 +222,7 @@ class TritonOps(LayerOps):
             table,
             step.query_start_loc,
             step.seq_lens,
-            v.decode,
+            f.v_decode,
             v.unit,
             v.centers,
             partial,
@@ -228,7 +241,8 @@ class TritonOps(LayerOps):
             WINDOW_BLOCK_SIZE=window_size,
             V_PLANES=v.planes,
             V_COLUMNS=v.columns,
-            SUPER=tiling["SPAN"] * tiling["REPEAT"],
+            SUPER=tiling["SUPER"],
+            W=self._warps,
             COLS=tiling["COLS"],
             COL_TILES=tiling["COL_TILES"],
             ROWS=rows,

@@ -31,7 +31,7 @@ def next_power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class SideTables:
-    """H heads, P padded head_dim, C columns in stored order, on one device.
+    """H heads, P padded head_dim (a power of two, at least 64), C columns in stored order, on one device.
 
     decode [H, C, P] float16 (keys) or float32 (values, which are decoded once per query): decode rows times
     their field's weight over `unit`; unit [H] float32 (power of two).
@@ -85,7 +85,7 @@ def side_tables(codec: LayerCodec, name: str) -> SideTables:
     """Tables of side "k" or "v" on the codec's device."""
     side: SideCodec = getattr(codec, name)
     device, heads, dim = side.encode.device, codec.num_kv_heads, codec.head_dim
-    padded = next_power_of_two(dim)
+    padded = max(next_power_of_two(dim), 64)
     planes, channels, shifts = _stored_order(codec.layout, name)
     channel = torch.tensor(channels, device=device)
     shift = torch.tensor(shifts, device=device)
@@ -131,13 +131,15 @@ def side_tables(codec: LayerCodec, name: str) -> SideTables:
 _rotations: dict[tuple[bytes, int, torch.device], torch.Tensor] = {}
 
 
-def rope_tables(rope: RopeSpec, rope_block: int, device: torch.device) -> torch.Tensor:
-    """(cos, sin) of rope block starts in two digits: [2, ROPE_ROWS, rotary_dim / 2, 2] float32.
+def rope_tables(rope: RopeSpec, rope_block: int, device: torch.device, pairs: int | None = None) -> torch.Tensor:
+    """(cos, sin) of rope block starts in two digits: [2, ROPE_ROWS, pairs, 2] float32; pairs: rotary_dim / 2 or more.
 
     Block b starts at the sum of the angles of row b % ROPE_ROWS of table 0 and row b // ROPE_ROWS of table 1:
     exact far beyond any context length in a few MB, and shared by all layers with the same frequencies.
     """
     freq = rope.inv_freq.to("cpu", torch.float64)
+    if pairs is not None:
+        freq = torch.nn.functional.pad(freq, (0, pairs - freq.numel()))  # pairs that do not turn
     key = (freq.numpy().tobytes(), rope_block, device)
     if key not in _rotations:
         start = torch.arange(ROPE_ROWS, dtype=torch.float64) * max(rope_block, 1)
