@@ -7,6 +7,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ KINDS = {"fresh": 4, "prefix": 3, "known": 3, "leave": 2}  # kind of request -> 
 COMMON = 4096  # longest prompt of most clients; one more client asks for longer ones without pause
 PREFIXES = 6
 LAST_LONG = 0.1  # share of the time at whose end no long prompt begins any more
+PATIENCE_SECONDS = 300  # beyond the time, on a slow machine
 LINGER_SECONDS = 1200  # for answers after the end of the load
 
 
@@ -80,10 +82,13 @@ def solo_runs(server: Server, load: Load) -> Known:
 
 
 class Crowd:
-    """The clients. Every request has a fresh random prompt, but for known prompts and shared beginnings."""
+    """The clients, who ask for `seconds` and until `enough()`.
 
-    def __init__(self, url: str, load: Load, known: Known, seconds: float) -> None:
-        self.url, self.load, self.known = url, load, known
+    Every request has a fresh random prompt, but for known prompts and shared beginnings.
+    """
+
+    def __init__(self, url: str, load: Load, known: Known, seconds: float, enough: Callable[[], bool]) -> None:
+        self.url, self.load, self.known, self.enough = url, load, known, enough
         self.tally = Tally()
         self._seconds, self._end = seconds, time.monotonic() + seconds
         rng = random.Random(load.seed + 1)
@@ -100,10 +105,15 @@ class Crowd:
             )
         return self.tally
 
+    def _more(self) -> bool:
+        """Whether the time is not over, or the server has not yet done all it is meant to (within reason)."""
+        now = time.monotonic()
+        return now < self._end or (now < self._end + PATIENCE_SECONDS and not self.enough())
+
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
         rng = random.Random(1000 * self.load.seed + number)
         common = [k for k in self.known if len(k[0]) <= COMMON]
-        while time.monotonic() < self._end:
+        while self._more():
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
             if kind == "known":
                 await self._ask(session, kind, *rng.choice(common))

@@ -28,6 +28,8 @@ class Sample:
     tokens_out: float
     running: float
     cache_use: float
+    preemptions: float
+    prefix_hits: float
 
 
 def held_mib(server: Server) -> float:
@@ -79,7 +81,14 @@ class Watch(threading.Thread):
             metrics["vllm:generation_tokens_total"],
             metrics["vllm:num_requests_running"],
             metrics["vllm:kv_cache_usage_perc"],
+            metrics["vllm:num_preemptions_total"],
+            metrics["vllm:prefix_cache_hits_total"],
         )
+
+    def preempted_and_hit(self) -> bool:
+        """Whether requests have been preempted and prefixes found since the first sample."""
+        first, last = (self.samples[0], self.samples[-1]) if self.samples else (None, None)
+        return bool(first and last and last.preemptions > first.preemptions and last.prefix_hits > first.prefix_hits)
 
     def stop(self) -> None:
         """End the thread."""

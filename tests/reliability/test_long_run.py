@@ -18,7 +18,7 @@ from tests.reliability import sized  # noqa: E402
 
 def test_mixed_load(tmp_path: Path) -> None:
     minutes = str(sized(1, 16) / 2)
-    pool = ["--longest", "2048", "--chunk", "256", "--blocks", "56", "--clients", "10", "--answer", "24"]
+    pool = ["--longest", "2048", "--chunk", "256", "--blocks", "48", "--clients", "10", "--answer", "64"]
     files = [
         "--log",
         str(tmp_path / "log"),
@@ -30,7 +30,7 @@ def test_mixed_load(tmp_path: Path) -> None:
     assert long_run.main(["--minutes", minutes, "--device", "cpu", *pool, *files]) == 0
     with (tmp_path / "out.csv").open() as f:
         (row,) = csv.DictReader(f)
-    assert int(row["longest_prompt"]) == 2048 - 24 and float(row["cache_left"]) == 0
+    assert int(row["longest_prompt"]) == 2048 - 64 and float(row["cache_left"]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
