@@ -6,8 +6,8 @@
 PROJECTION has basis `mix` and keeps every latent channel, as 4-bit ones do. Its encode matrices are basis, then a
 rotation inside each tier of equal bits, then quantizer steps: the rotation follows from the seed, the steps from the
 stored spectrum and the latents' variance over some calibration tokens. Plans are then chosen and steps fitted by the
-calibrator itself. Writes OUT/{PROJECTION}-replanned (the plans it had, to see what this way loses) and
-OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a model of 1.5B parameters.
+calibrator itself. Writes OUT/{PROJECTION}-replanned-free (the plans it had, to see what this way loses)
+and OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a model of 1.5B parameters.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def main() -> None:
     seed = int(base.calibration["seed"])
     solvers = [BasisSolver(e, tokens[e.index], seed) for e in entries]
     had = [e.codec.plan for e in entries]
-    name = options.projection.name
-    save_projection(replan(base, solvers, had, base.calibration["plans"]), options.out / f"{name}-replanned")
+    folder = options.out / f"{options.projection.name}-replanned-free"
+    save_projection(replan(base, solvers, had, base.calibration["plans"]), folder)
     tables = [s.tables for s in solvers]
     for bits in options.bits:
         total = plane_bytes(bits, base.model.head_dim)

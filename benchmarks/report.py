@@ -14,7 +14,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import decode_fit, decode_plot, fidelity_plot, robustness_plot, serving_plot, speed_plot
+from benchmarks import (
+    decode_fit,
+    decode_plot,
+    fidelity_plans,
+    fidelity_plot,
+    robustness_plot,
+    serving_plot,
+    speed_plot,
+)
 from benchmarks.report_tables import (
     PROVENANCE,
     RESULTS,
@@ -240,6 +248,7 @@ def main() -> None:
         load_section,
         decode_section,
         fidelity_section,
+        fidelity_plans.section,
         served_section,
         robustness_section,
         store_section,
