@@ -22,7 +22,8 @@ from tests.ops.decode_sass import cuobjdump
 from tests.ops.test_cpu import ragged_step
 from tests.ops.test_triton_compile import Recorder, compile_launch
 from vllm_kqsvd.ops import LayerShape
-from vllm_kqsvd.ops.triton import TritonOps, decode, merge
+from vllm_kqsvd.ops.triton import decode, merge
+from vllm_kqsvd.ops.triton.layer_ops import TritonOps
 from vllm_kqsvd.plan_catalog import PLANS
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
@@ -51,6 +52,7 @@ def decode_launches(plan_name: str, group: int = 4, rope_block: int = 32, q_len:
 def sass(compiled) -> str:
     """Disassembly of a compiled kernel."""
     tool = cuobjdump()
+    assert tool is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
@@ -61,7 +63,7 @@ def loops(text: str) -> list[list[str]]:
     """Instructions of every backward branch's body, in order."""
     lines = [(int(m[1], 16), m[2]) for m in _LINE.finditer(text)]
     index = {address: i for i, (address, _) in enumerate(lines)}
-    out = []
+    out: list[list[str]] = []
     for i, (_, line) in enumerate(lines):
         if m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line):
             start = index.get(int(m[1], 16))
@@ -84,7 +86,7 @@ class Figures:
     spills: int
     barriers: int
     per_element: float
-    counts: Counter
+    counts: Counter[str]
 
 
 def figures(plan_name: str, arch: int, **shape: int) -> Figures:
