@@ -53,12 +53,13 @@ def recover_basis(side: SideCodec, spectrum: torch.Tensor, tokens: torch.Tensor,
     spectrum = spectrum.double()
     same = torch.eye(spectrum.shape[-1], dtype=torch.float64).expand(len(spectrum), -1, -1)
     tiers = [b for b in side.plan.group_bits for _ in range(GROUP)]
-    turn = rotate_tiers(Basis(same, same, spectrum, torch.ones_like(spectrum)), tiers, seed)
+    own = tuple(range(len(spectrum)))  # no heads share a basis
+    turn = rotate_tiers(Basis(same, same, spectrum, torch.ones_like(spectrum), own), tiers, seed)
     latents = torch.einsum("nhd,hdc->nhc", tokens.double(), side.encode.double())
     step = (turn.variance / latents.square().mean(0)).sqrt()
     encode = side.encode.double() * step[:, None, :] @ turn.decode
     decode = turn.encode @ (side.decode.double() / step[..., None])
-    return Basis(encode, decode, spectrum, torch.ones_like(spectrum))
+    return Basis(encode, decode, spectrum, torch.ones_like(spectrum), own)
 
 
 def centred(x: torch.Tensor, side: SideCodec, offsets: torch.Tensor) -> torch.Tensor:

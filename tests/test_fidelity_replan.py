@@ -27,7 +27,7 @@ def test_basis_recovered_from_a_projection() -> None:
         root, metric = torch.randn(2, heads, dim, dim, dtype=torch.float64) + 8 * torch.eye(dim, dtype=torch.float64)
         root = root * torch.logspace(0, -1, dim, dtype=torch.float64)
         encode, decode, variance = klt(root @ root.mT, metric @ metric.mT)
-        basis = Basis(encode, decode, variance, torch.ones_like(variance))
+        basis = Basis(encode, decode, variance, torch.ones_like(variance), tuple(range(heads)))
         x = torch.einsum("hde,nhe->nhd", root.float(), torch.randn(2000, heads, dim))
         zero = torch.zeros(heads, dim, dtype=torch.float64)
         solver.sides[name] = Side(name, fixed_means(zero, zero), basis, x, solver._table(basis, x))
