@@ -28,10 +28,12 @@ def kl_table(found: list[Row], first: str) -> str:
     return table([first, *(f"{t}, {b} bits" for b, t in columns)], lines)
 
 
-def of_domain(found: list[Row]) -> list[Row]:
-    """The domain study with the equally large mixed calibration of the data study."""
-    mixed = [{**r, "setting": "mixed"} for r in found if r["study"] == "data" and r["setting"] == "1"]
-    return [r for r in found if r["study"] == "domain"] + mixed
+def of_domain(found: list[Row], windows: str) -> list[Row]:
+    """The domain study of so many windows, with the equally large mixed calibration of the data study."""
+    study = {"1": "domain", "8": "domain8"}[windows]
+    mixed = [{**r, "setting": "mixed"} for r in found if r["study"] == "data" and r["setting"] == windows]
+    rows = [r for r in found if r["study"] == study]
+    return mixed + rows if rows else []
 
 
 def draw(found: list[Row], path: Path) -> None:
@@ -44,6 +46,8 @@ def draw(found: list[Row], path: Path) -> None:
     for bits, style in (("4", "--"), ("3", "-")):
         for n, text in enumerate(dict.fromkeys(r["text"] for r in data)):
             line = sorted((int(r["setting"]), r) for r in data if r["bits"] == bits and r["text"] == text)
+            if not line:
+                continue
             left.errorbar(
                 [w * TOKENS for w, _ in line], [float(r["kl"]) for _, r in line],
                 [float(r["kl_se"]) for _, r in line], fmt=f"o{style}", color=f"C{n}", label=f"{text}, {bits} bits",
@@ -58,7 +62,7 @@ def draw(found: list[Row], path: Path) -> None:
     left.set_title("Amount of text")
     left.legend(fontsize="small", ncol=2)
     left.set_ylim(top=0.05)
-    domain = [r for r in of_domain(found) if r["bits"] == "3"]
+    domain = [r for r in of_domain(found, "8") or of_domain(found, "1") if r["bits"] == "3"]
     texts, kinds = (
         sorted({r["text"] for r in domain}, key=KINDS.index),
         list(dict.fromkeys(r["setting"] for r in domain)),
@@ -91,8 +95,9 @@ def section(images: Path) -> str:
         "### Amount of text: windows of 2,048 tokens, prose, code and one chat in eight",
         kl_table(of("data"), "windows"),
     ]
-    if of("domain"):
-        parts += ["### Kind of text: one window of it (3,072 tokens)", kl_table(of_domain(found), "calibrated on")]
+    for windows, name in (("8", "eight windows"), ("1", "one window (3,072 tokens)")):
+        if rows_of := of_domain(found, windows):
+            parts += [f"### Kind of text: {name} of it", kl_table(rows_of, "calibrated on")]
     if of("first"):
         parts += ["### First tokens (64 windows without BOS)", kl_table(of("first"), "text opens with")]
     if of("lora"):
