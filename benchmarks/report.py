@@ -54,8 +54,9 @@ CPU_TEXT = (
     "On a CPU these rows show how many requests each cache admits, and that serving under load works. They say nothing "
     "about speed on a GPU: the plugin's CPU path expands each request's history in PyTorch, so a step takes several "
     "times as long as vLLM's and fewer tokens come per second however many requests run. Whole blocks, exact windows "
-    "included, are why the admitted numbers differ from those of the bits. Other programs ran on the machine; the "
-    "formats took turns at every load."
+    "included, are why the admitted numbers differ from those of the bits. The formats took turns at every load, "
+    "beside other programs that became fewer (`machine_load` in the CSV: 14 at the first row, 3 to 5 from 12 at a time "
+    "on), so the rows of 4 at a time compare least."
 )
 
 
