@@ -22,7 +22,7 @@ test: env
 	@$(RUN) pytest $(PYTEST_ARGS)
 
 reliability: env
-	@KQSVD_RELIABILITY=long $(RUN) pytest -m reliability -s --durations=20 $(PYTEST_ARGS) tests/reliability
+	@KQSVD_RELIABILITY=long $(RUN) pytest -m reliability -s --durations=20 $(PYTEST_ARGS) tests
 
 env:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later was not found; name one: make PYTHON=/path/to/python3" >&2; exit 2; }

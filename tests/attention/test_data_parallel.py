@@ -16,12 +16,14 @@ from benchmarks.answers import body_of, solo  # noqa: E402
 from benchmarks.demo_server import OFFLINE, Server  # noqa: E402
 from tests.attention.conftest import engine  # noqa: E402
 from tests.attention.runs import generate, prompt_of  # noqa: E402
+from tests.reliability import LONG  # noqa: E402
 
 PROMPTS = [prompt_of(n, seed=n) for n in (3, 17, 40, 40, 90, 130, 200, 300)]
 TOKENS = 12
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
+@pytest.mark.skipif(not LONG, reason="two engines start slowly: make reliability")
 def test_two_engines_answer_as_one(tiny: Path, tmp_path: Path) -> None:
     with engine(tiny / "model", tiny / "p8", max_num_batched_tokens=512) as llm:
         alone = [generate(llm, [p], max_tokens=TOKENS)[0].tokens for p in PROMPTS]
