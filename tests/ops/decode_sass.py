@@ -41,20 +41,33 @@ def cuobjdump() -> str | None:
     return str(inside) if inside and inside.exists() else None
 
 
+def disassemble(binary: str | Path) -> str:
+    """SASS of a compiled file (cubin or library)."""
+    tool = cuobjdump()
+    assert tool is not None
+    return subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
+
+
+def loops(sass: str) -> list[list[str]]:
+    """Instructions of every backward branch's body, in order."""
+    lines = [(int(m[1], 16), m[2]) for m in _LINE.finditer(sass)]
+    index = {address: i for i, (address, _) in enumerate(lines)}
+    out: list[list[str]] = []
+    for i, (_, line) in enumerate(lines):
+        if m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line):
+            start = index.get(int(m[1], 16))
+            if start is not None and start < i:
+                out.append([text for _, text in lines[start : i + 1]])
+    return out
+
+
 def main_loop(sass: str) -> list[str]:
     """Instructions of the smallest loop that holds every HGMMA, in order."""
-    lines = [(int(m[1], 16), m[2]) for m in _LINE.finditer(sass)]
-    products = [i for i, (_, text) in enumerate(lines) if "HGMMA" in text]
-    best: tuple[int, int] | None = None
-    index = {address: i for i, (address, _) in enumerate(lines)}
-    for i in range(products[-1] + 1, len(lines)):
-        if m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", lines[i][1]):
-            start = index.get(int(m[1], 16))
-            if start is not None and start < products[0] and (best is None or i - start < best[1] - best[0]):
-                best = (start, i)
-    if best is None:
+    products = sum("HGMMA" in m[2] for m in _LINE.finditer(sass))
+    around = [body for body in loops(sass) if products and sum("HGMMA" in text for text in body) == products]
+    if not around:
         raise ValueError("no loop around the HGMMA instructions")
-    return [text for _, text in lines[best[0] : best[1] + 1]]
+    return min(around, key=len)
 
 
 def budget(instance: Instance) -> float:
@@ -65,10 +78,7 @@ def budget(instance: Instance) -> float:
 
 def disassembled_instructions_per_element(binary: Path, instance: Instance) -> float:
     """`instructions_per_element` of the only decode kernel in a compiled file (cubin or library)."""
-    tool = cuobjdump()
-    assert tool is not None
-    sass = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
-    entry = next(part for part in sass.split("Function : ") if "decode_kernel" in part[:200])
+    entry = next(part for part in disassemble(binary).split("Function : ") if "decode_kernel" in part[:200])
     _, plan = PLANS[instance.plan_name]
     tokens = 16 // instance.columns * instance.rope_block  # of one warp in one turn of the loop
     return len(main_loop(entry)) * 32 / (tokens * (plan.k.rank + plan.v.rank))

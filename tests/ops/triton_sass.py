@@ -7,8 +7,6 @@ prints what the main loop of `split_kernel` is made of. Figures depend on the re
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -18,15 +16,13 @@ from unittest.mock import patch
 import torch
 
 from tests.helpers import random_codec
-from tests.ops.decode_sass import cuobjdump
+from tests.ops.decode_sass import disassemble, loops
 from tests.ops.test_cpu import ragged_step
 from tests.ops.test_triton_compile import Recorder, compile_launch
 from vllm_kqsvd.ops import LayerShape
 from vllm_kqsvd.ops.triton import decode, merge
 from vllm_kqsvd.ops.triton.layer_ops import TritonOps
 from vllm_kqsvd.plan_catalog import PLANS
-
-_LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
 def decode_launches(plan_name: str, group: int = 4, rope_block: int = 32, q_len: int = 1) -> list:
@@ -51,25 +47,10 @@ def decode_launches(plan_name: str, group: int = 4, rope_block: int = 32, q_len:
 
 def sass(compiled) -> str:
     """Disassembly of a compiled kernel."""
-    tool = cuobjdump()
-    assert tool is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        return subprocess.run([tool, "-sass", f.name], check=True, capture_output=True, text=True).stdout
-
-
-def loops(text: str) -> list[list[str]]:
-    """Instructions of every backward branch's body, in order."""
-    lines = [(int(m[1], 16), m[2]) for m in _LINE.finditer(text)]
-    index = {address: i for i, (address, _) in enumerate(lines)}
-    out: list[list[str]] = []
-    for i, (_, line) in enumerate(lines):
-        if m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line):
-            start = index.get(int(m[1], 16))
-            if start is not None and start < i:
-                out.append([t for _, t in lines[start : i + 1]])
-    return out
+        return disassemble(f.name)
 
 
 def opcode(line: str) -> str:
