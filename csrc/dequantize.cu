@@ -15,7 +15,7 @@ DequantizeSide side_of(const Tensor& out, const DecoderTensors& c, const char* n
   const int64_t heads = out.size(1), dim = out.size(2), period = c.mean.size(2), groups = c.decode.size(2);
   STD_TORCH_CHECK(groups > 0 && groups <= kMaxGroups, name, ": ", groups, " groups, at most 16 are supported");
   STD_TORCH_CHECK(period > 0 && (period & (period - 1)) == 0, name, ": mean period must be a power of two");
-  check_tensor(c.decode, "decode", ScalarType::Half, {heads, dim / 16, groups, 32, 8}, device);
+  check_tensor(c.decode, "decode", ScalarType::Half, {heads, (dim + 31) / 32, groups, 2, 32, 8}, device);
   check_tensor(c.decode_unit, "decode_unit", ScalarType::Float, {heads}, device);
   check_tensor(c.mean, "mean", ScalarType::Float, {heads, 2, period, dim}, device);
   check_tensor(c.plan, "plan", ScalarType::Int, {kAny}, device);
@@ -38,31 +38,34 @@ DequantizeSide side_of(const Tensor& out, const DecoderTensors& c, const char* n
   return side;
 }
 
-template <typename T, int GPW>
+template <typename T, int kGroups>
 void launch_dequantize(const DequantizeParams& p, int heads, const Launch& on) {
   const DeviceLimits& device = limits_of(on.device());
-  const int groups = std::max(p.side[0].groups, p.side[1].groups);
-  const int bytes = std::max(p.side[0].num_bytes, p.side[1].num_bytes);
-  size_t shared = dequantize_shared_bytes(p.dim, groups, bytes, true);
-  const bool fits = shared <= static_cast<size_t>(device.shared_per_block);
-  if (!fits) shared = dequantize_shared_bytes(p.dim, groups, bytes, false);
-  const int runs = (p.num_tiles + kRun - 1) / kRun;
-  const int resident = std::max<int>(1, device.shared_per_multiprocessor / (shared + 1024));
+  int bytes[2] = {};
+  for (const bool in_shared : {false, true}) {
+    for (const DequantizeSide& side : p.side) {
+      const DequantizeLayout l = dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, in_shared);
+      bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
+    }
+  }
+  const bool fits = bytes[1] <= device.shared_per_block;
+  const int resident = std::clamp(device.shared_per_multiprocessor / (bytes[fits] + 1024), 1, 2);
+  const int most = (p.num_tiles + kDequantizeWarps - 1) / kDequantizeWarps;
   const int per_side = std::max(1, device.multiprocessors * resident / (2 * heads));
-  const dim3 grid(2 * std::min(runs, per_side), heads);
+  const dim3 grid(2 * std::min(most, per_side), heads);
   if (fits) {
-    launch(dequantize_kernel<T, GPW, true>, p, grid, kDequantizeThreads, shared, on.stream());
+    launch(dequantize_kernel<T, kGroups, true>, p, grid, kDequantizeThreads, bytes[1], on.stream());
   } else {
-    launch(dequantize_kernel<T, GPW, false>, p, grid, kDequantizeThreads, shared, on.stream());
+    launch(dequantize_kernel<T, kGroups, false>, p, grid, kDequantizeThreads, bytes[0], on.stream());
   }
 }
 
 template <typename T>
 void launch_width(const DequantizeParams& p, int heads, const Launch& on) {
-  if (p.dim <= 128) {
-    launch_dequantize<T, 1>(p, heads, on);
+  if (std::max(p.side[0].groups, p.side[1].groups) <= 8) {
+    launch_dequantize<T, 8>(p, heads, on);
   } else {
-    launch_dequantize<T, 2>(p, heads, on);
+    launch_dequantize<T, 16>(p, heads, on);
   }
 }
 
@@ -121,7 +124,6 @@ void dequantize(const Tensor& pages, const Tensor& block_table, std::optional<Te
   p.table_stride = block_table.stride(0);
   p.num_requests = static_cast<int>(requests), p.num_tiles = static_cast<int>(num_tiles);
   p.dim = static_cast<int>(dim);
-  while ((1 << p.chunk_lanes_log2) < dim / 8) ++p.chunk_lanes_log2;
   p.block_size = static_cast<int>(block_size), p.tiles_per_block = static_cast<int>(block_size / kTile);
   p.tile_bytes = static_cast<int>(tile_bytes);
   const Launch on(key);

@@ -22,28 +22,34 @@ __global__ void positions_kernel(const int* query_start_loc, const int* seq_lens
   positions[row] = row < end ? max(0, seq_lens[low] - (end - row)) : 0;  // rows past the last request: padding
 }
 
-// One warp per (token, head). Weights use base-e log-sum-exp; -inf or +inf (no visible key) counts for nothing.
+// A lane merges 8 elements of a (token, head) row; `lanes` of them a row. Weights use base-e log-sum-exp; -inf or +inf
+// (no visible key) counts for nothing.
 template <typename T>
 __global__ void merge_kernel(T* out, float* lse, const T* more_out, const float* more_lse, int tokens, int heads,
-                             int dim, int64_t token_stride, int64_t head_stride, int64_t more_token_stride,
+                             int lanes, int64_t token_stride, int64_t head_stride, int64_t more_token_stride,
                              int64_t more_head_stride, int64_t lse_stride, int64_t more_lse_stride) {
-  const int warp = (blockIdx.x * blockDim.x + threadIdx.x) >> 5, lane = threadIdx.x & 31;
-  if (warp >= tokens * heads) return;
-  const int token = warp / heads, head = warp % heads;
-  float a = lse[head * lse_stride + token], b = more_lse[head * more_lse_stride + token];
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / lanes, part = i - row * lanes;
+  const bool inside = row < tokens * heads;
+  const int token = inside ? row / heads : 0, head = inside ? row - token * heads : 0;
+  uint4* o = reinterpret_cast<uint4*>(out + token * token_stride + head * head_stride) + part;
+  const uint4* m = reinterpret_cast<const uint4*>(more_out + token * more_token_stride + head * more_head_stride);
+  float* total_lse = lse + head * lse_stride + token;
+  uint4 x{}, y{};
+  float a = -INFINITY, b = -INFINITY;
+  if (inside) x = *o, y = __ldg(m + part), a = *total_lse, b = __ldg(more_lse + head * more_lse_stride + token);
+  __syncthreads();  // every lane of the row has read the sum that one of them replaces
   if (!isfinite(a)) a = -INFINITY;
-  if (!isfinite(b)) b = -INFINITY;
-  if (b == -INFINITY) return;
+  if (!isfinite(b) || !inside) return;
   const float top = fmaxf(a, b), wa = __expf(a - top), wb = __expf(b - top), total = wa + wb;
-  uint32_t* o = reinterpret_cast<uint32_t*>(out + token * token_stride + head * head_stride);
-  const uint32_t* m = reinterpret_cast<const uint32_t*>(more_out + token * more_token_stride + head * more_head_stride);
-  for (int i = lane; i < dim / 2; i += 32) {
-    const float2 y = unpack2(m[i], T());
-    float2 x = unpack2(o[i], T());
-    if (wa == 0.f) x = make_float2(0.f, 0.f);  // an empty side may hold anything
-    o[i] = pack2((x.x * wa + y.x * wb) / total, (x.y * wa + y.y * wb) / total, T());
-  }
-  if (lane == 0) lse[head * lse_stride + token] = top + __logf(total);
+  const float ka = wa / total, kb = wb / total;
+  const auto merged = [&](uint32_t left, uint32_t right) {
+    float2 p = unpack2(left, T());
+    const float2 q = unpack2(right, T());
+    if (wa == 0.f) p = make_float2(0.f, 0.f);  // an empty side may hold anything
+    return pack2(p.x * ka + q.x * kb, p.y * ka + q.y * kb, T());
+  };
+  *o = make_uint4(merged(x.x, y.x), merged(x.y, y.y), merged(x.z, y.z), merged(x.w, y.w));
+  if (part == 0) *total_lse = top + __logf(total);
 }
 
 }  // namespace
@@ -71,18 +77,19 @@ void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& more_ou
   check_tensor(more_out, "more_out", dtype, {tokens, heads, dim}, device);
   check_tensor(lse, "lse", ScalarType::Float, {heads, tokens}, device);
   check_tensor(more_lse, "more_lse", ScalarType::Float, {heads, tokens}, device);
-  STD_TORCH_CHECK(dim % 2 == 0 && out.stride(2) == 1 && more_out.stride(2) == 1 && out.stride(0) % 2 == 0 &&
-                      out.stride(1) % 2 == 0 && more_out.stride(0) % 2 == 0 && more_out.stride(1) % 2 == 0,
-                  "out and more_out must be dense pairs in their last dimension");
+  STD_TORCH_CHECK(dim % 8 == 0 && dim <= 2048, "rows of ", dim, " elements; multiples of 8 up to 2048 can be merged");
+  check_vectors(out, "out");
+  check_vectors(more_out, "more_out");
   STD_TORCH_CHECK(tokens <= 1 || (lse.stride(1) == 1 && more_lse.stride(1) == 1), "lse must be dense over tokens");
   if (tokens == 0 || heads == 0) return;
   const Launch on(out);
-  const dim3 grid(static_cast<unsigned>((tokens * heads + 7) / 8));
+  const int lanes = static_cast<int>(dim / 8), threads = lanes * std::max(1, 256 / lanes);  // whole rows in a block
+  const dim3 grid(static_cast<unsigned>((tokens * heads * lanes + threads - 1) / threads));
   const auto go = [&](auto type) {
     using T = decltype(type);
-    merge_kernel<T><<<grid, 256, 0, on.stream()>>>(
+    merge_kernel<T><<<grid, threads, 0, on.stream()>>>(
         data<T>(out), data<float>(lse), data<const T>(more_out), data<const float>(more_lse),
-        static_cast<int>(tokens), static_cast<int>(heads), static_cast<int>(dim), out.stride(0), out.stride(1),
+        static_cast<int>(tokens), static_cast<int>(heads), lanes, out.stride(0), out.stride(1),
         more_out.stride(0), more_out.stride(1), lse.stride(0), more_lse.stride(0));
   };
   if (dtype == ScalarType::BFloat16) {

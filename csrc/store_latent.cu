@@ -17,7 +17,7 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
                   " must be a multiple of 16 up to 256");
   STD_TORCH_CHECK(period > 0 && (period & (period - 1)) == 0, name, ": mean period must be a power of two");
   const int64_t groups = rank / kGroup;
-  check_tensor(c.encode, "encode", ScalarType::BFloat16, {heads, groups, store_steps(dim), 2, 32, 8}, device);
+  check_tensor(c.encode, "encode", ScalarType::BFloat16, {heads, groups, kAny, 2, 32, 8}, device);
   check_tensor(c.weight, "weight", ScalarType::Float, {heads, rank, 2}, device);
   check_tensor(c.latent_mean, "latent_mean", ScalarType::Float, {heads, 2, period, rank}, device);
   check_tensor(c.class_vector, "class_vector", ScalarType::Float, {heads, period, dim}, device);
@@ -42,6 +42,12 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
   return side;
 }
 
+int log2_of(int size) {
+  int shift = 0;
+  while ((1 << shift) < size) ++shift;
+  return size > 0 && (1 << shift) == size ? shift : -1;
+}
+
 constexpr int kFewTokens = 256;  // up to here a CTA per 16 tokens; beyond, CTAs that keep their tables
 
 template <typename T, int kSteps>
@@ -53,15 +59,13 @@ void launch_few(StoreParams& p, int heads, const Launch& on) {
                dim3(2 * tiles, heads), 32 * groups, sizeof(StoreFewShared<kSteps>), on);
 }
 
-template <typename T, int kColumns>
+template <typename T, int kSteps>
 void launch_many(StoreParams& p, int heads, const Launch& on) {
-  constexpr int kWarps = kManyWarps<kColumns>;
   const DeviceLimits& device = limits_of(on.device());
   int bytes[2] = {};
   for (const bool in_shared : {false, true}) {
     for (const StoreSide& side : p.side) {
-      const StoreManyLayout l =
-          store_many_layout(p.dim, p.steps, side.groups, side.period, kColumns, kWarps, in_shared);
+      const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, in_shared);
       bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
     }
   }
@@ -72,19 +76,23 @@ void launch_many(StoreParams& p, int heads, const Launch& on) {
   const int value_ctas = std::min(tiles, std::max(1, per_head - keys));
   const dim3 grid(p.key_ctas + value_ctas, heads);
   if (bytes[1] <= device.shared_per_block) {
-    launch_early(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, bytes[1], on);
+    launch_early(store_many_kernel<T, kSteps, true>, p, grid, 32 * many_warps(kSteps), bytes[1], on);
   } else {
-    launch_early(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, bytes[0], on);
+    launch_early(store_many_kernel<T, kSteps, false>, p, grid, 32 * many_warps(kSteps), bytes[0], on);
   }
 }
 
+template <typename T, int kSteps>
+void launch_steps(StoreParams& p, int heads, const Launch& on) {
+  p.num_tokens <= kFewTokens ? launch_few<T, kSteps>(p, heads, on) : launch_many<T, kSteps>(p, heads, on);
+}
+
 template <typename T>
-void launch_dtype(StoreParams& p, int heads, const Launch& on) {
-  const bool wide = p.dim > 128 || std::max(p.side[0].groups, p.side[1].groups) > kWarpGroups;
-  if (p.num_tokens <= kFewTokens) {
-    wide ? launch_few<T, 16>(p, heads, on) : launch_few<T, 8>(p, heads, on);
-  } else {
-    wide ? launch_many<T, 2>(p, heads, on) : launch_many<T, 1>(p, heads, on);
+void launch_dtype(StoreParams& p, int heads, int steps, const Launch& on) {
+  switch (steps) {
+    case 4: return launch_steps<T, 4>(p, heads, on);
+    case 8: return launch_steps<T, 8>(p, heads, on);
+    default: return launch_steps<T, 16>(p, heads, on);
   }
 }
 
@@ -141,14 +149,19 @@ void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, s
   p.slots = data<const int64_t>(slot_mapping);
   p.positions = data<const int64_t>(positions);
   p.num_tokens = static_cast<int>(tokens), p.dim = static_cast<int>(dim);
-  p.steps = store_steps(static_cast<int>(dim));
   p.block_size = static_cast<int>(block_size), p.tiles_per_block = static_cast<int>(block_size / kTile);
   p.tile_bytes = static_cast<int>(tile_bytes);
+  // The number of steps also tells whether registers hold a token's latents: more than 8 groups take the widest kernel.
+  const int steps = std::max(p.side[0].groups, p.side[1].groups) > kWarpGroups ? 16 : store_steps(p.dim);
+  for (const Tensor* image : {&k.encode, &v.encode}) {
+    STD_TORCH_CHECK(image->size(2) == steps, "encode images have ", image->size(2), " steps, ", steps, " are needed");
+  }
+  p.block_shift = log2_of(p.block_size), p.window_shift = log2_of(p.window_block_size);
   const Launch on(key);
   if (dtype == ScalarType::BFloat16) {
-    launch_dtype<__nv_bfloat16>(p, static_cast<int>(heads), on);
+    launch_dtype<__nv_bfloat16>(p, static_cast<int>(heads), steps, on);
   } else {
-    launch_dtype<__half>(p, static_cast<int>(heads), on);
+    launch_dtype<__half>(p, static_cast<int>(heads), steps, on);
   }
 }
 

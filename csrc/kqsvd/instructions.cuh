@@ -20,8 +20,33 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all committed groups but the latest.
+__device__ __forceinline__ void copy_async_wait_but_one() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
+// Correct to an ulp or two, without the branches that the last bit costs.
+__device__ __forceinline__ float approximate_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The warp's index as a value that the compiler knows to be the same in all its lanes.
+__device__ __forceinline__ int uniform_warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
+
 // Programmatic dependent launch: a kernel launched so may start before the previous one in its stream has ended, and
-// waits here for its results. Without it (or before sm_90) both do nothing.
+// waits here for its results. Release only after the wait: the next kernel may then take it that all before this one
+// has ended. Without such a launch (or before sm_90) both do nothing.
 __device__ __forceinline__ void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -31,14 +56,6 @@ __device__ __forceinline__ void release_next_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-}
-
-// A operand of one m16 x k16 step: `tile` points at (row 0, k 0) of the step, rows `stride` bytes apart.
-__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int stride, int lane) {
-  const char* p = tile + (lane & 15) * stride + (lane >> 4) * 16;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(shared_address(p)));
 }
 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -41,6 +41,7 @@ __device__ __forceinline__ uint32_t gather_plane(const int4& head, const int* en
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
   uint32_t out = 0;
   int at = 0;
+#pragma unroll 1
   for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
     const int2 e = *reinterpret_cast<const int2*>(entries + i);
     uint32_t a = (words[kStride * (e.x & 255)] >> (e.x >> 8)) & mask;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warp-level building blocks shared by the store and dequantize kernels: asynchronous copies into shared
-// memory, matrix fragments, 16-bit conversions and the turn by a rope block's start.
+// Building blocks shared by the store and dequantize kernels: 16-bit conversions, chunks of rows, the turn by a rope
+// block's start and the scale byte.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,9 +14,6 @@ namespace kqsvd {
 
 constexpr int kTile = 16;   // tokens per page tile
 constexpr int kGroup = 16;  // latent channels per group
-
-// Row stride in bytes of a 16-bit matrix of `columns` (a multiple of 16) that ldmatrix reads without conflicts.
-__host__ __device__ constexpr int padded_row(int columns) { return 2 * columns + 16; }
 
 __device__ __forceinline__ float2 unpack2(uint32_t bits, __nv_bfloat16) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
@@ -63,16 +60,25 @@ __device__ __forceinline__ void turn_pair(float& re, float& im, float cosine, fl
   re = u;
 }
 
-// (cos, sin) of the 4 pairs of chunk `index` at a block's start. Table row layout: 4 pairs of a chunk are adjacent.
-__device__ __forceinline__ void load_turn(float4 (&turn)[2], int index, int block, const RopeTurn& rope) {
-  const int row4 = rope.rotary_dim / 4;  // float4 per table row
-  const float4* fine = rope.table + (block & (kTurnRows - 1)) * row4 + 2 * index;
-  const float4* coarse = rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * index;
+// Rows of a block's fine and coarse turns, from the first chunk of lane t of a quad; chunk 4 c + t is 8 c further.
+struct TurnRows {
+  const float4 *fine, *coarse;
+  bool far;  // beyond the first coarse row, which is the identity
+};
+
+__device__ __forceinline__ TurnRows turn_rows(int block, int t, const RopeTurn& rope) {
+  const int row4 = rope.rotary_dim / 4;  // float4 per table row; 4 pairs of a chunk are adjacent
+  return {rope.table + (block & (kTurnRows - 1)) * row4 + 2 * t,
+          rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * t, block >> kFineBits != 0};
+}
+
+// (cos, sin) of the 4 pairs of a chunk.
+__device__ __forceinline__ void load_turn(float4 (&turn)[2], const TurnRows& rows, int at) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float4 f = __ldg(fine + i);
-    if (block >> kFineBits) {  // far from the start: coarse row 0 is the identity
-      const float4 c = __ldg(coarse + i);
+    float4 f = __ldg(rows.fine + at + i);
+    if (rows.far) {
+      const float4 c = __ldg(rows.coarse + at + i);
       f = make_float4(f.x * c.x - f.y * c.y, f.x * c.y + f.y * c.x, f.z * c.z - f.w * c.w, f.z * c.w + f.w * c.z);
     }
     turn[i] = f;
@@ -92,13 +98,6 @@ __device__ __forceinline__ void apply_turn(float (&x)[8], const float4 (&turn)[2
       turn_pair(x[2 * i + 1], x[2 * i + 5], cos1, sin1);
     }
   }
-}
-
-// Turns the 8 elements of a chunk by sign * block * T positions.
-__device__ __forceinline__ void turn_chunk(float (&x)[8], int index, int block, const RopeTurn& rope, float sign) {
-  float4 turn[2];
-  load_turn(turn, index, block, rope);
-  apply_turn(x, turn, rope.interleaved, sign);
 }
 
 // Four operand registers that lie side by side in shared memory.

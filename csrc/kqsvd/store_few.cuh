@@ -13,7 +13,8 @@ struct StoreFewShared {
   alignas(16) uint32_t operand[2][kSteps][32][4];  // A fragments: high and low terms
   uint32_t codes[kMaxGroups][2][32];               // words of lane 4 g + t for tokens g and g + 8
   float2 partial[kMaxGroups][kTile];               // sum and peak of the token scale
-  int mean_row[kTile];
+  int64_t page[kTile];                             // byte offset of the token's tile, -1: not stored
+  int token[kTile], mean_row[kTile];
   alignas(16) int plan[kPlanInts];
 };
 
@@ -21,16 +22,16 @@ template <typename T, int kSteps, bool kSplit>
 __device__ __forceinline__ void store_few_side(const StoreParams& p, const StoreSide& side, bool is_value, int tile,
                                                StoreFewShared<kSteps>& s) {
   constexpr bool kPreload = kSteps <= 8;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
-  const int groups = side.groups, rank = groups * kGroup, group = min(warp, groups - 1);
+  const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
+  const int warp = uniform_warp_index(), groups = side.groups, rank = groups * kGroup, group = min(warp, groups - 1);
 
   // Constants: not written by any kernel of the step, so read before the previous one has ended.
-  const uint4* encode = side.encode + (int64_t(head) * groups + group) * p.steps * 64 + lane;
+  const uint4* encode = side.encode + (int64_t(head) * groups + group) * kSteps * 64 + lane;
   uint4 high[kPreload ? kSteps : 1], low[kPreload ? kSteps : 1];
   if constexpr (kPreload) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (k < p.steps) high[k] = __ldg(encode + 64 * k), low[k] = __ldg(encode + 64 * k + 32);
+      high[k] = __ldg(encode + 64 * k), low[k] = __ldg(encode + 64 * k + 32);
     }
   }
   const float4* weights = reinterpret_cast<const float4*>(side.weight + 2 * (head * rank + group * kGroup));
@@ -39,30 +40,40 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
   wait_for_previous_grid();
   release_next_grid();
 
-  const StoreRow rows[2] = {place_row(p, side, head, tile * kTile + g, is_value),
-                            place_row(p, side, head, tile * kTile + g + 8, is_value)};
+  // The ordinary mean's latents are asked for before the class is known.
+  const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + group * kGroup + 2 * t;
+  float2 mean[2][2];
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const int row = min(tile * kTile + g + 8 * y, p.num_tokens - 1);
+    const int offset = static_cast<int>(p.positions[row]) & (side.period - 1);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      mean[y][n] = __ldg(reinterpret_cast<const float2*>(means + offset * rank + 8 * n));
+    }
+  }
   {  // rows: exact copy, turn back, class, split into two terms
-    const int slots = 2 * p.steps, lanes_log2 = slots <= 4 ? 2 : slots <= 8 ? 3 : slots <= 16 ? 4 : 5;
-    const int index = lane & ((1 << lanes_log2) - 1);
+    constexpr int kSlots = 2 * kSteps, kRows = 32 / kSlots;  // chunks of a row, rows of a warp
+    const int index = lane % kSlots;
     RopeTurn rope = p.rope;
     if (!side.rotate) rope.rotary_dim = 0;
     const Chunk chunk = chunk_of(index, rope);
-    for (int r = tid >> lanes_log2; r < kTile; r += blockDim.x >> lanes_log2) {
+    for (int r = warp * kRows + lane / kSlots; r < kTile; r += (blockDim.x >> 5) * kRows) {
       const int n = tile * kTile + r;
+      const StoreRow row = place_row(p, side, head, n, is_value);
+      const int offset = row.offset;
       float norm = 0.f, dot = 0.f;
-      int offset = 0;
-      if (index < slots) {
+      {
         uint32_t h[4] = {}, l[4] = {};
         if (index < p.dim / 8 && n < p.num_tokens) {
           const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
-          const uint2 a = *reinterpret_cast<const uint2*>(x + chunk.a), b = *reinterpret_cast<const uint2*>(x + chunk.b);
-          const StoreRow row = place_row(p, side, head, n, is_value);
-          offset = row.offset;
+          const uint2 a = *reinterpret_cast<const uint2*>(x + chunk.a);
+          const uint2 b = *reinterpret_cast<const uint2*>(x + chunk.b);
           const float* w = side.class_vector + (int64_t(head) * side.period + offset) * p.dim;
           const float4 wa = __ldg(reinterpret_cast<const float4*>(w + chunk.a));
           const float4 wb = __ldg(reinterpret_cast<const float4*>(w + chunk.b));
           float4 turn[2] = {};
-          if (chunk.turned) load_turn(turn, index, row.block, rope);
+          if (chunk.turned) load_turn(turn, turn_rows(row.block, index & 3, rope), 8 * (index >> 2));
           if (row.window >= 0) {
             T* out = static_cast<T*>(p.window) + row.window;
             *reinterpret_cast<uint2*>(out + chunk.a) = a;
@@ -77,24 +88,16 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
           if constexpr (kSplit) s.operand[1][step + (i >> 1)][to][2 * (i & 1) + y] = l[i];
         }
       }
-      for (int m = 1 << lanes_log2 >> 1; m > 0; m >>= 1) {
+#pragma unroll
+      for (int m = kSlots / 2; m > 0; m >>= 1) {
         norm += __shfl_xor_sync(0xffffffffu, norm, m);
         dot += __shfl_xor_sync(0xffffffffu, dot, m);
       }
       if (index == 0) {
         const bool sink = 0.7f * norm - dot + __ldg(side.class_offset + head * side.period + offset) < 0.f;
         s.mean_row[r] = (sink ? side.period : 0) + offset;
+        s.page[r] = row.page, s.token[r] = row.token;
       }
-    }
-  }
-  // The ordinary mean's latents are asked for before the class is known.
-  const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + group * kGroup + 2 * t;
-  float2 mean[2][2];
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      mean[y][n] = __ldg(reinterpret_cast<const float2*>(means + rows[y].offset * rank + 8 * n));
     }
   }
   __syncthreads();
@@ -104,20 +107,18 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
     float more[2][2][4] = {};  // a chain of its own for every product
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (k < p.steps) {
-        const uint4 eh = kPreload ? high[kPreload ? k : 0] : __ldg(encode + 64 * k);
-        const uint4 el = kPreload ? low[kPreload ? k : 0] : __ldg(encode + 64 * k + 32);
-        uint32_t a[4];
-        load_operand(a, s.operand[0][k][lane]);
-        mma_bf16(u[0], a, eh.x, eh.y);
-        mma_bf16(u[1], a, eh.z, eh.w);
-        mma_bf16(more[0][0], a, el.x, el.y);
-        mma_bf16(more[0][1], a, el.z, el.w);
-        if constexpr (kSplit) {
-          load_operand(a, s.operand[1][k][lane]);
-          mma_bf16(more[1][0], a, eh.x, eh.y);
-          mma_bf16(more[1][1], a, eh.z, eh.w);
-        }
+      const uint4 eh = kPreload ? high[kPreload ? k : 0] : __ldg(encode + 64 * k);
+      const uint4 el = kPreload ? low[kPreload ? k : 0] : __ldg(encode + 64 * k + 32);
+      uint32_t a[4];
+      load_operand(a, s.operand[0][k][lane]);
+      mma_bf16(u[0], a, eh.x, eh.y);
+      mma_bf16(u[1], a, eh.z, eh.w);
+      mma_bf16(more[0][0], a, el.x, el.y);
+      mma_bf16(more[0][1], a, el.z, el.w);
+      if constexpr (kSplit) {
+        load_operand(a, s.operand[1][k][lane]);
+        mma_bf16(more[1][0], a, eh.x, eh.y);
+        mma_bf16(more[1][1], a, eh.z, eh.w);
       }
     }
 #pragma unroll
@@ -138,7 +139,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
       float& u0 = u[n][2 * y];
       float& u1 = u[n][2 * y + 1];
       u0 -= mu.x, u1 -= mu.y;
-      sum += weight[n].x * u0 * u0 + weight[n].z * u1 * u1;
+      sum += weight[n].x * u0 * u0, sum += weight[n].z * u1 * u1;
       peak = fmaxf(peak, fmaxf(weight[n].y * fabsf(u0), weight[n].w * fabsf(u1)));
     }
 #pragma unroll
@@ -151,26 +152,32 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
   __syncthreads();
 
   const PlanView plan{s.plan};
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
+  {  // lane r and lane r + 16 add up the scale of token r
+    const int r = lane & 15;
     float sum = 0.f, peak = 0.f;
-    for (int w = 0; w < groups; ++w) {
-      const float2 part = s.partial[w][g + 8 * y];
+    for (int w = lane >> 4; w < groups; w += 2) {
+      const float2 part = s.partial[w][r];
       sum += part.x, peak = fmaxf(peak, part.y);
     }
-    const uint32_t byte = encode_scale(fmaxf(sqrtf(sum), peak));
-    if (warp == 0 && t == 0 && rows[y].page >= 0) {
-      const uint32_t sink = s.mean_row[g + 8 * y] >= side.period ? 128u : 0u;
-      p.pages[rows[y].page + plan.scale_offset() + rows[y].token] = byte | sink;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 16));
+    const uint32_t byte = encode_scale(fmaxf(approximate_sqrt(sum), peak));
+    const float inverse = approximate_reciprocal(decode_scale(byte));
+    if (warp == 0 && lane < kTile && s.page[r] >= 0) {
+      p.pages[s.page[r] + plan.scale_offset() + s.token[r]] = byte | (s.mean_row[r] >= side.period ? 128u : 0u);
     }
-    const float half = static_cast<float>(1 << (plan.width(group) - 1));
-    if (warp < groups) s.codes[warp][y][lane] = quantize_word(u[0], u[1], y, 1.f / decode_scale(byte), half);
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      const float mine = __shfl_sync(0xffffffffu, inverse, g + 8 * y);
+      const uint32_t word = quantize_word(u[0], u[1], y, mine, plan.width(group));
+      if (warp < groups) s.codes[warp][y][lane] = word;
+    }
   }
   __syncthreads();
 
   for (int i = warp; i < 2 * plan.planes(); i += blockDim.x >> 5) {
-    const int y = i & 1, token = y ? rows[1].token : rows[0].token;
-    const int64_t page = y ? rows[1].page : rows[0].page;
+    const int y = i & 1, token = s.token[g + 8 * y];
+    const int64_t page = s.page[g + 8 * y];
     const PlaneView plane = plan.plane(i >> 1);
     const int4 header = *reinterpret_cast<const int4*>(plane.data);
     if (page < 0) continue;
@@ -181,7 +188,8 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
 
 // Grid (2 tiles, heads); block 32 * groups. kResident: CTAs that have to fit on a multiprocessor.
 template <typename T, int kSteps, int kResident>
-__global__ void __launch_bounds__(32 * kSteps, kResident) store_few_kernel(const __grid_constant__ StoreParams p) {
+__global__ void __launch_bounds__(kSteps > 8 ? 512 : 256, kResident)
+    store_few_kernel(const __grid_constant__ StoreParams p) {
   extern __shared__ __align__(16) char memory[];
   StoreFewShared<kSteps>& shared = *reinterpret_cast<StoreFewShared<kSteps>*>(memory);
   const bool is_value = blockIdx.x & 1;

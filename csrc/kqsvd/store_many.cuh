@@ -10,18 +10,19 @@ namespace kqsvd {
 
 constexpr int kWarpGroups = 8;  // channel groups of one warp
 
-template <int kColumns>
-constexpr int kManyWarps = kColumns == 1 ? 12 : 8;  // what registers allow
+// Warps that share 16 tokens, and warps of a CTA: what registers allow.
+__host__ __device__ constexpr int many_columns(int steps) { return steps > 8 ? 2 : 1; }
+__host__ __device__ constexpr int many_warps(int steps) { return steps > 8 ? 8 : 12; }
 
 // Offsets of the tables in dynamic shared memory; rows are padded so that the tokens of a warp hit different banks.
 struct StoreManyLayout {
   int mean_stride, class_stride, encode, mean, classes, weight, plan, partial, codes, bytes;
 };
 
-__host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps, int groups, int period, int columns,
-                                                             int warps, bool tables_shared) {
+__host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps, int groups, int period,
+                                                             bool tables_shared) {
   StoreManyLayout l{};
-  const int rank = groups * kGroup;
+  const int rank = groups * kGroup, columns = many_columns(steps), warps = many_warps(steps);
   l.mean_stride = tables_shared ? rank + 8 : rank;
   l.class_stride = tables_shared ? (dim + 31) / 32 * 32 + 16 : dim;
   int at = 0;
@@ -36,25 +37,25 @@ __host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps,
   return l;
 }
 
-template <typename T, int kColumns, bool kShared, bool kSplit>
+template <typename T, int kSteps, bool kShared, bool kSplit>
 __device__ __forceinline__ void store_many_side(const StoreParams& p, const StoreSide& side, bool is_value, int first,
                                                 int ctas) {
-  constexpr int kSteps = 8 * kColumns, kChunks = kSteps / 2, kPairs = kManyWarps<kColumns> / kColumns;
+  constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps), kPairs = kWarps / kColumns;
+  constexpr int kChunks = kSteps / 2;
   extern __shared__ __align__(16) char memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
-  const int pair = warp / kColumns, column = warp % kColumns;
-  const int steps = p.steps, groups = side.groups, rank = groups * kGroup, period = side.period;
-  const StoreManyLayout l =
-      store_many_layout(p.dim, steps, groups, period, kColumns, kManyWarps<kColumns>, kShared);
+  const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
+  const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
+  const int groups = side.groups, rank = groups * kGroup, period = side.period;
+  const StoreManyLayout l = store_many_layout(p.dim, kSteps, groups, period, kShared);
 
-  const uint4* encode = side.encode + int64_t(head) * groups * steps * 64;
+  const uint4* encode = side.encode + int64_t(head) * groups * kSteps * 64;
   const float* global_means = side.latent_mean + int64_t(head) * 2 * period * rank;
   const float* classes = side.class_vector + int64_t(head) * period * p.dim;
   const float* means = global_means;
   float* weights = reinterpret_cast<float*>(memory + l.weight);
   int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
   if constexpr (kShared) {
-    for (int i = tid; i < groups * steps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
+    for (int i = tid; i < groups * kSteps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
     for (int i = tid; i < period * rank / 4; i += blockDim.x) {
       const int row = 4 * i / rank, c = 4 * i - row * rank;
       copy_async_16(memory + l.mean + 4 * (row * l.mean_stride + c), means + 4 * i);
@@ -75,6 +76,9 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   release_next_grid();
 
   const PlanView plan{plan_ints};
+  bool guards = false;  // groups with a guard weight
+  for (int c = 0; lane < groups && c < kGroup; ++c) guards |= weights[2 * (kGroup * lane + c) + 1] > 0.f;
+  const uint32_t guarded = __ballot_sync(0xffffffffu, guards);
   const T* x = static_cast<const T*>(side.x) + head * side.head_stride;
   uint32_t* codes = reinterpret_cast<uint32_t*>(memory + l.codes) + pair * kColumns * kWarpGroups * 64 + lane;
   float2* partial = reinterpret_cast<float2*>(memory + l.partial) + pair * kColumns * kTile;
@@ -98,50 +102,64 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       block[y] = __shfl_sync(0xffffffffu, next.block, from);
     }
 
-    uint32_t high[kChunks][2][4], low[kSplit ? kChunks : 1][2][4];
+    // Rows g and g + 8 of step k, in the order of the operand's registers; raw elements first, so that all loads are
+    // under way together.
+    uint32_t high[kSteps][4], low[kSplit ? kSteps : 1][4];
     float norm[2] = {}, dot[2] = {};
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {  // all loads first; operands take the place of the raw elements
-      const int index = 4 * c + t;
-      const Chunk chunk = chunk_of(index, rope);
+    for (int y = 0; y < 2; ++y) {
+      const int n = tile * kTile + g + 8 * y;
+      const T* row = x + n * side.token_stride;
+      const bool inside = n < p.num_tokens;
 #pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        const int n = tile * kTile + g + 8 * y;
+      for (int c = 0; c < kChunks; ++c) {
+        const int index = 4 * c + t;
+        const Chunk chunk = chunk_of(index, rope);
         uint2 a{}, b{};
-        if (8 * index < p.dim && n < p.num_tokens) {
-          const T* row = x + n * side.token_stride;
+        if (inside && 8 * index < p.dim) {
           a = *reinterpret_cast<const uint2*>(row + chunk.a), b = *reinterpret_cast<const uint2*>(row + chunk.b);
         }
-        high[c][y][0] = a.x, high[c][y][1] = a.y, high[c][y][2] = b.x, high[c][y][3] = b.y;
+        high[2 * c][y] = a.x, high[2 * c][2 + y] = a.y, high[2 * c + 1][y] = b.x, high[2 * c + 1][2 + y] = b.y;
       }
     }
-    const bool one_block = __all_sync(0xffffffffu, block[0] == block[1]);
+    if (column == 0 && __any_sync(0xffffffffu, (window[0] & window[1]) >= 0)) {  // exact copy
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        T* out = static_cast<T*>(p.window) + window[y];
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const Chunk chunk = chunk_of(4 * c + t, rope);
+          if (window[y] >= 0 && 8 * (4 * c + t) < p.dim) {
+            *reinterpret_cast<uint2*>(out + chunk.a) = make_uint2(high[2 * c][y], high[2 * c][2 + y]);
+            *reinterpret_cast<uint2*>(out + chunk.b) = make_uint2(high[2 * c + 1][y], high[2 * c + 1][2 + y]);
+          }
+        }
+      }
+    }
+    const bool one_block = __all_sync(0xffffffffu, block[0] == block[1]), rotate = kSplit && side.rotate;
+    const TurnRows turns[2] = {turn_rows(block[0], t, rope), turn_rows(block[1], t, rope)};
+    // A zero that the compiler cannot see keeps operands apart from the pairs that are loaded.
+    const uint32_t zero = static_cast<uint32_t>(p.num_tokens >> 31);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int index = 4 * c + t;
       const Chunk chunk = chunk_of(index, rope);
-      if (8 * index < p.dim) {
-        float4 turn[2] = {};
+      const bool inside = 8 * index < p.dim;
+      float4 turn[2] = {make_float4(1.f, 0.f, 1.f, 0.f), make_float4(1.f, 0.f, 1.f, 0.f)};
 #pragma unroll
-        for (int y = 0; y < 2; ++y) {
-          const uint2 a = make_uint2(high[c][y][0], high[c][y][1]), b = make_uint2(high[c][y][2], high[c][y][3]);
-          if (window[y] >= 0 && column == 0) {
-            T* out = static_cast<T*>(p.window) + window[y];
-            *reinterpret_cast<uint2*>(out + chunk.a) = a;
-            *reinterpret_cast<uint2*>(out + chunk.b) = b;
-          }
-          if (kSplit && chunk.turned && (y == 0 || !one_block)) load_turn(turn, index, block[y], rope);
-          const float* w = classes + offset[y] * l.class_stride;
-          split_chunk<T, kSplit>(a, b, kSplit && chunk.turned, rope.interleaved, turn,
-                                 *reinterpret_cast<const float4*>(w + chunk.a),
-                                 *reinterpret_cast<const float4*>(w + chunk.b), norm[y], dot[y], high[c][y],
-                                 low[kSplit ? c : 0][y]);
-        }
-      } else if constexpr (kSplit) {
+      for (int y = 0; y < 2; ++y) {
+        if (rotate && chunk.turned && (y == 0 || !one_block)) load_turn(turn, turns[y], 8 * c);
+        const uint2 a = make_uint2(high[2 * c][y], high[2 * c][2 + y]);
+        const uint2 b = make_uint2(high[2 * c + 1][y], high[2 * c + 1][2 + y]);
+        const float* w = classes + offset[y] * l.class_stride;
+        const float4 wa = *reinterpret_cast<const float4*>(w + (inside ? chunk.a : 0));
+        const float4 wb = *reinterpret_cast<const float4*>(w + (inside ? chunk.b : 0));
+        uint32_t h[4], m[4];
+        split_chunk<T, kSplit>(a, b, rotate, rope.interleaved, turn, wa, wb, norm[y], dot[y], h, m);
 #pragma unroll
-        for (int y = 0; y < 2; ++y) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) low[c][y][i] = 0;
+        for (int i = 0; i < 4; ++i) {
+          high[2 * c + (i >> 1)][2 * (i & 1) + y] = kSplit ? h[i] : h[i] ^ zero;
+          if constexpr (kSplit) low[2 * c + (i >> 1)][2 * (i & 1) + y] = m[i];
         }
       }
     }
@@ -168,27 +186,22 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       if (left < groups) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
-          if (k < steps) {
-            const int c = k >> 1, e = k & 1 ? 2 : 0;
-            const uint32_t h[4] = {high[c][0][e], high[c][1][e], high[c][0][e + 1], high[c][1][e + 1]};
-            const uint4* at = encode + (left * steps + k) * 64 + lane;
-            const uint4* beside = encode + (right * steps + k) * 64 + lane;
-            const uint4 eh = at[0], el = at[32], fh = beside[0], fl = beside[32];
-            mma_bf16(u[i][0], h, eh.x, eh.y);
-            mma_bf16(u[i][1], h, eh.z, eh.w);
-            mma_bf16(u[i + 1][0], h, fh.x, fh.y);
-            mma_bf16(u[i + 1][1], h, fh.z, fh.w);
-            mma_bf16(u[i][0], h, el.x, el.y);
-            mma_bf16(u[i][1], h, el.z, el.w);
-            mma_bf16(u[i + 1][0], h, fl.x, fl.y);
-            mma_bf16(u[i + 1][1], h, fl.z, fl.w);
-            if constexpr (kSplit) {
-              const uint32_t m[4] = {low[c][0][e], low[c][1][e], low[c][0][e + 1], low[c][1][e + 1]};
-              mma_bf16(u[i][0], m, eh.x, eh.y);
-              mma_bf16(u[i][1], m, eh.z, eh.w);
-              mma_bf16(u[i + 1][0], m, fh.x, fh.y);
-              mma_bf16(u[i + 1][1], m, fh.z, fh.w);
-            }
+          const uint4* at = encode + (left * kSteps + k) * 64 + lane;
+          const uint4* beside = encode + (right * kSteps + k) * 64 + lane;
+          const uint4 eh = at[0], el = at[32], fh = beside[0], fl = beside[32];
+          mma_bf16(u[i][0], high[k], eh.x, eh.y);
+          mma_bf16(u[i][1], high[k], eh.z, eh.w);
+          mma_bf16(u[i + 1][0], high[k], fh.x, fh.y);
+          mma_bf16(u[i + 1][1], high[k], fh.z, fh.w);
+          mma_bf16(u[i][0], high[k], el.x, el.y);
+          mma_bf16(u[i][1], high[k], el.z, el.w);
+          mma_bf16(u[i + 1][0], high[k], fl.x, fl.y);
+          mma_bf16(u[i + 1][1], high[k], fl.z, fl.w);
+          if constexpr (kSplit) {
+            mma_bf16(u[i][0], low[k], eh.x, eh.y);
+            mma_bf16(u[i][1], low[k], eh.z, eh.w);
+            mma_bf16(u[i + 1][0], low[k], fh.x, fh.y);
+            mma_bf16(u[i + 1][1], low[k], fh.z, fh.w);
           }
         }
       }
@@ -217,8 +230,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
             float& u0 = u[i][n][2 * y];
             float& u1 = u[i][n][2 * y + 1];
             u0 -= mu.x, u1 -= mu.y;
-            sum[y] += w.x * u0 * u0 + w.z * u1 * u1;
-            peak[y] = fmaxf(peak[y], fmaxf(w.y * fabsf(u0), w.w * fabsf(u1)));
+            sum[y] += w.x * u0 * u0, sum[y] += w.z * u1 * u1;
+            if (guarded >> group & 1) peak[y] = fmaxf(peak[y], fmaxf(w.y * fabsf(u0), w.w * fabsf(u1)));
           }
         }
       }
@@ -246,8 +259,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     float inverse[2];
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      const uint32_t byte = encode_scale(fmaxf(sqrtf(sum[y]), peak[y]));
-      inverse[y] = 1.f / decode_scale(byte);
+      const uint32_t byte = encode_scale(fmaxf(approximate_sqrt(sum[y]), peak[y]));
+      inverse[y] = approximate_reciprocal(decode_scale(byte));
       if (t == 0 && column == 0 && page[y] >= 0) {
         p.pages[page[y] + plan.scale_offset() + token[y]] = byte | (sink[y] ? 128u : 0u);
       }
@@ -256,13 +269,14 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     for (int i = 0; i < kWarpGroups; ++i) {
       const int group = column * kWarpGroups + i;
       if (group < groups) {
-        const float half = static_cast<float>(1 << (plan.width(group) - 1));
+        const int width = plan.width(group);
 #pragma unroll
-        for (int y = 0; y < 2; ++y) codes[64 * group + 32 * y] = quantize_word(u[i][0], u[i][1], y, inverse[y], half);
+        for (int y = 0; y < 2; ++y) codes[64 * group + 32 * y] = quantize_word(u[i][0], u[i][1], y, inverse[y], width);
       }
     }
     if constexpr (kColumns > 1) __syncthreads();  // else every lane reads what it wrote itself
 
+#pragma unroll 1
     for (int i = column; i < plan.planes(); i += kColumns) {
       const PlaneView plane = plan.plane(i);
       const int4 header = *reinterpret_cast<const int4*>(plane.data);
@@ -278,17 +292,17 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
 }
 
 // Grid (key_ctas + value_ctas, heads).
-template <typename T, int kColumns, bool kShared>
-__global__ void __launch_bounds__(32 * kManyWarps<kColumns>, 1)
+template <typename T, int kSteps, bool kShared>
+__global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
     store_many_kernel(const __grid_constant__ StoreParams p) {
   const int x = blockIdx.x;
   const bool is_value = x >= p.key_ctas;
   const StoreSide& side = p.side[is_value];
   const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
   if (side.rotate || !std::is_same<T, __nv_bfloat16>::value) {
-    store_many_side<T, kColumns, kShared, true>(p, side, is_value, first, ctas);
+    store_many_side<T, kSteps, kShared, true>(p, side, is_value, first, ctas);
   } else {
-    store_many_side<T, kColumns, kShared, false>(p, side, is_value, first, ctas);
+    store_many_side<T, kSteps, kShared, false>(p, side, is_value, first, ctas);
   }
 }
 

@@ -38,16 +38,21 @@ struct StoreParams {
   void* window;
   int64_t window_stride[3];  // block, head, token; elements
   const int64_t *slots, *window_slots, *positions;
-  int num_tokens, dim, steps, block_size, tiles_per_block, tile_bytes, window_block_size, key_ctas;
+  int num_tokens, dim, block_size, tiles_per_block, tile_bytes, window_block_size, key_ctas;
+  int block_shift, window_shift;  // log2 of the block sizes, -1 where they are no powers of two
 };
 
-// k-steps of an encode image: chunks of 8 elements, four to two steps.
-__host__ __device__ constexpr int store_steps(int dim) { return 2 * ((dim + 31) / 32); }
+// k-steps of an encode image, padded to what the kernels are compiled for.
+__host__ __device__ constexpr int store_steps(int dim) { return dim <= 64 ? 4 : dim <= 128 ? 8 : 16; }
 
 struct StoreRow {
   int64_t page, window;  // byte offset of the token's tile, element offset of its exact row; -1: none
   int token, offset, block;
 };
+
+__device__ __forceinline__ uint32_t block_of(uint32_t slot, int size, int shift) {
+  return shift >= 0 ? slot >> shift : slot / static_cast<uint32_t>(size);
+}
 
 __device__ __forceinline__ StoreRow place_row(const StoreParams& p, const StoreSide& side, int head, int n,
                                               bool is_value) {
@@ -56,7 +61,8 @@ __device__ __forceinline__ StoreRow place_row(const StoreParams& p, const StoreS
   const int64_t slot = p.slots[n], position = p.positions[n];
   const int64_t window_slot = p.window_slots != nullptr ? p.window_slots[n] : -1;
   if (slot >= 0) {
-    const uint32_t at = static_cast<uint32_t>(slot), size = p.block_size, block = at / size, rest = at - block * size;
+    const uint32_t at = static_cast<uint32_t>(slot), block = block_of(at, p.block_size, p.block_shift);
+    const uint32_t rest = at - block * p.block_size;
     row.page = int64_t(block) * p.page_stride + int64_t(head * p.tiles_per_block + rest / kTile) * p.tile_bytes;
     row.token = rest % kTile;
     row.offset = static_cast<int>(position) & (side.period - 1);
@@ -67,25 +73,28 @@ __device__ __forceinline__ StoreRow place_row(const StoreParams& p, const StoreS
     }
   }
   if (window_slot >= 0) {
-    const uint32_t at = static_cast<uint32_t>(window_slot), size = p.window_block_size, block = at / size;
-    row.window = block * p.window_stride[0] + head * p.window_stride[1] + (at - block * size) * p.window_stride[2] +
-                 (is_value ? p.dim : 0);
+    const uint32_t at = static_cast<uint32_t>(window_slot);
+    const uint32_t block = block_of(at, p.window_block_size, p.window_shift);
+    row.window = block * p.window_stride[0] + head * p.window_stride[1] +
+                 (at - block * p.window_block_size) * p.window_stride[2] + (is_value ? p.dim : 0);
   }
   return row;
 }
 
 // One chunk of a row: its 8 elements in the coding frame, as two bf16 terms (`low` is left alone where one is enough).
+// Word i belongs to step i / 2 of the chunk's two, register 2 (i % 2) + row.
 template <typename T, bool kSplit>
-__device__ __forceinline__ void split_chunk(uint2 a, uint2 b, bool turned, bool interleaved, const float4 (&turn)[2],
+__device__ __forceinline__ void split_chunk(uint2 a, uint2 b, bool rotate, bool interleaved, const float4 (&turn)[2],
                                             const float4& wa, const float4& wb, float& norm, float& dot,
                                             uint32_t (&high)[4], uint32_t (&low)[4]) {
   const float2 x0 = unpack2(a.x, T()), x1 = unpack2(a.y, T()), x2 = unpack2(b.x, T()), x3 = unpack2(b.y, T());
   float v[8] = {x0.x, x0.y, x1.x, x1.y, x2.x, x2.y, x3.x, x3.y};
-  if (turned) apply_turn(v, turn, interleaved, -1.f);
+  if (rotate) apply_turn(v, turn, interleaved, -1.f);
 #pragma unroll
   for (int i = 0; i < 8; ++i) norm += v[i] * v[i];
-  dot += v[0] * wa.x + v[1] * wa.y + v[2] * wa.z + v[3] * wa.w;
-  dot += v[4] * wb.x + v[5] * wb.y + v[6] * wb.z + v[7] * wb.w;
+  const float w[8] = {wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) dot += v[i] * w[i];
   if constexpr (kSplit) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -99,16 +108,17 @@ __device__ __forceinline__ void split_chunk(uint2 a, uint2 b, bool turned, bool 
 }
 
 // Codes of a group that lane 4 g + t holds for token g: channels 2t, 2t + 8, 2t + 1, 2t + 9 in bytes 0..3, from the
-// group's two accumulator tiles. `half` is 2^(width - 1).
+// group's two accumulator tiles.
 __device__ __forceinline__ uint32_t quantize_word(const float (&first)[4], const float (&second)[4], int y,
-                                                  float inverse, float half) {
-  const float top = 2.f * half - 0.5f, level[4] = {first[2 * y], second[2 * y], first[2 * y + 1], second[2 * y + 1]};
+                                                  float inverse, int width) {
+  const float latent[4] = {first[2 * y], second[2 * y], first[2 * y + 1], second[2 * y + 1]};
+  const float range = __uint_as_float((127 + width) << 23), unit = inverse * __uint_as_float((127 - width) << 23);
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float x = fminf(fmaxf(level[i] * inverse + half, 0.f), top);
-    // Adding 2^23 and rounding down leaves the floor in the low bits.
-    word |= (__float_as_uint(__fadd_rd(x, 8388608.f)) & 255u) << (8 * i);
+    const float x = __saturatef(__fmaf_rn(latent[i], unit, 0.5f));
+    // Just below `range`, so that 1 falls into the last code; adding 2^23 and rounding down leaves the floor.
+    word |= (__float_as_uint(__fmaf_rd(x, range * 0.99999994f, 8388608.f)) & 255u) << (8 * i);
   }
   return word;
 }

@@ -21,51 +21,57 @@ void launch_guarded(Kernel kernel, const Params& params, dim3 grid, int threads,
   }
 }
 
-template <typename T, int kColumns>
-void emulate_many(StoreParams& p, int heads, int ctas, bool in_shared) {
-  constexpr int kWarps = kManyWarps<kColumns>;
-  const int tiles = (p.num_tokens + kTile - 1) / kTile;
+template <typename T, int kSteps>
+void emulate_store_steps(StoreParams& p, int heads, bool many, int ctas, bool in_shared) {
+  const int tiles = (p.num_tokens + kTile - 1) / kTile, groups = std::max(p.side[0].groups, p.side[1].groups);
+  if (!many) {
+    const dim3 grid(2 * tiles, heads);
+    launch_guarded(store_few_kernel<T, kSteps, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<kSteps>));
+    return;
+  }
   p.key_ctas = std::min(tiles, ctas);
   size_t shared = 0;
   for (const StoreSide& side : p.side) {
-    const StoreManyLayout l = store_many_layout(p.dim, p.steps, side.groups, side.period, kColumns, kWarps, in_shared);
+    const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, in_shared);
     shared = std::max<size_t>(shared, l.bytes);
   }
   const dim3 grid(2 * p.key_ctas, heads);
+  constexpr int kThreads = 32 * many_warps(kSteps);
   if (in_shared) {
-    launch_guarded(store_many_kernel<T, kColumns, true>, p, grid, 32 * kWarps, shared);
+    launch_guarded(store_many_kernel<T, kSteps, true>, p, grid, kThreads, shared);
   } else {
-    launch_guarded(store_many_kernel<T, kColumns, false>, p, grid, 32 * kWarps, shared);
+    launch_guarded(store_many_kernel<T, kSteps, false>, p, grid, kThreads, shared);
   }
 }
 
 template <typename T>
-void emulate_store_dtype(StoreParams& p, int heads, bool many, int ctas, bool in_shared) {
-  const int groups = std::max(p.side[0].groups, p.side[1].groups);
-  const bool wide = p.dim > 128 || groups > kWarpGroups;
-  if (many) {
-    wide ? emulate_many<T, 2>(p, heads, ctas, in_shared) : emulate_many<T, 1>(p, heads, ctas, in_shared);
-    return;
-  }
-  const dim3 grid(2 * ((p.num_tokens + kTile - 1) / kTile), heads);
-  if (wide) {
-    launch_guarded(store_few_kernel<T, 16, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<16>));
-  } else {
-    launch_guarded(store_few_kernel<T, 8, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<8>));
+void emulate_store_dtype(StoreParams& p, int heads, int steps, bool many, int ctas, bool in_shared) {
+  switch (steps) {
+    case 4: return emulate_store_steps<T, 4>(p, heads, many, ctas, in_shared);
+    case 8: return emulate_store_steps<T, 8>(p, heads, many, ctas, in_shared);
+    default: return emulate_store_steps<T, 16>(p, heads, many, ctas, in_shared);
   }
 }
 
-template <typename T, int GPW>
+template <typename T, int kGroups>
 void emulate_dequantize(const DequantizeParams& p, int heads, int ctas, bool in_shared) {
-  const int groups = std::max(p.side[0].groups, p.side[1].groups);
-  const int bytes = std::max(p.side[0].num_bytes, p.side[1].num_bytes);
-  const size_t shared = dequantize_shared_bytes(p.dim, groups, bytes, in_shared);
+  size_t shared = 0;
+  for (const DequantizeSide& side : p.side) {
+    const DequantizeLayout l = dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, in_shared);
+    shared = std::max<size_t>(shared, l.bytes);
+  }
   const dim3 grid(2 * ctas, heads);
   if (in_shared) {
-    launch_guarded(dequantize_kernel<T, GPW, true>, p, grid, kDequantizeThreads, shared);
+    launch_guarded(dequantize_kernel<T, kGroups, true>, p, grid, kDequantizeThreads, shared);
   } else {
-    launch_guarded(dequantize_kernel<T, GPW, false>, p, grid, kDequantizeThreads, shared);
+    launch_guarded(dequantize_kernel<T, kGroups, false>, p, grid, kDequantizeThreads, shared);
   }
+}
+
+template <typename T>
+void emulate_dequantize_dtype(const DequantizeParams& p, int heads, int ctas, bool in_shared) {
+  const bool wide = std::max(p.side[0].groups, p.side[1].groups) > 8;
+  wide ? emulate_dequantize<T, 16>(p, heads, ctas, in_shared) : emulate_dequantize<T, 8>(p, heads, ctas, in_shared);
 }
 
 }  // namespace kqsvd
@@ -75,22 +81,19 @@ extern "C" {
 size_t store_params_size() { return sizeof(kqsvd::StoreParams); }
 size_t dequantize_params_size() { return sizeof(kqsvd::DequantizeParams); }
 
-void store(kqsvd::StoreParams* p, int heads, bool bf16, bool many, int ctas, bool in_shared) {
+void store(kqsvd::StoreParams* p, int heads, bool bf16, int steps, bool many, int ctas, bool in_shared) {
   if (bf16) {
-    kqsvd::emulate_store_dtype<__nv_bfloat16>(*p, heads, many, ctas, in_shared);
+    kqsvd::emulate_store_dtype<__nv_bfloat16>(*p, heads, steps, many, ctas, in_shared);
   } else {
-    kqsvd::emulate_store_dtype<__half>(*p, heads, many, ctas, in_shared);
+    kqsvd::emulate_store_dtype<__half>(*p, heads, steps, many, ctas, in_shared);
   }
 }
 
 void dequantize(kqsvd::DequantizeParams* p, int heads, bool bf16, int ctas, bool in_shared) {
-  using namespace kqsvd;
   if (bf16) {
-    p->dim <= 128 ? emulate_dequantize<__nv_bfloat16, 1>(*p, heads, ctas, in_shared)
-                  : emulate_dequantize<__nv_bfloat16, 2>(*p, heads, ctas, in_shared);
+    kqsvd::emulate_dequantize_dtype<__nv_bfloat16>(*p, heads, ctas, in_shared);
   } else {
-    p->dim <= 128 ? emulate_dequantize<__half, 1>(*p, heads, ctas, in_shared)
-                  : emulate_dequantize<__half, 2>(*p, heads, ctas, in_shared);
+    kqsvd::emulate_dequantize_dtype<__half>(*p, heads, ctas, in_shared);
   }
 }
 }

@@ -32,11 +32,17 @@ struct Warp {
   uint32_t lane_data[32][16];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool done = false, waited = false;
   dim3 thread;
+  std::vector<std::vector<Copy>> copies = {{}};  // groups of asynchronous copies under way, the last one open
 };
 
 inline std::vector<Fiber> fibers;
@@ -55,6 +61,15 @@ inline void rendezvous(int& arrived, int& generation, int count) {
   } else {
     while (generation == mine) yield();
   }
+}
+
+inline void finish_copies(size_t but) {  // of the thread's groups all but the latest `but`
+  std::vector<std::vector<Copy>>& groups = fibers[current].copies;
+  while (groups.size() > but) {
+    for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, 16);
+    groups.erase(groups.begin());
+  }
+  if (groups.empty()) groups.emplace_back();
 }
 
 inline Warp& my_warp() { return warps[current / 32]; }
@@ -132,10 +147,28 @@ T __shfl_sync(unsigned, T value, int from) {
   emulator::sync_warp();
   return value;
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= unsigned(__shfl_sync(0xffffffffu, value, lane)) << lane;
+  return all;
+}
+inline bool __any_sync(unsigned, bool value) {
+  bool any = false;
+  for (int lane = 0; lane < 32; ++lane) any = __shfl_sync(0xffffffffu, value, lane) || any;
+  return any;
+}
 inline bool __all_sync(unsigned, bool value) {
   bool all = true;
   for (int lane = 0; lane < 32; ++lane) all = __shfl_sync(0xffffffffu, value, lane) && all;
   return all;
+}
+
+inline void __syncwarp() { emulator::sync_warp(); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  return out;
 }
 
 template <typename T>
@@ -153,14 +186,16 @@ inline int __float_as_int(float x) {
   return y;
 }
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
-inline float __fadd_rd(float x, float y) {
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fmaf_rd(float x, float y, float z) {
   const int mode = std::fegetround();
   std::fesetround(FE_DOWNWARD);
-  volatile float sum = x;
-  sum = sum + y;
+  volatile float a = x, b = y, c = z;
+  const float sum = std::fma(a, b, c);
   std::fesetround(mode);
   return sum;
 }
+inline float __saturatef(float x) { return std::fmin(std::fmax(x, 0.f), 1.f); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline void __trap() {
@@ -172,17 +207,17 @@ namespace kqsvd {
 
 inline void copy_async_16(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) __trap();
-  std::memcpy(shared, global, 16);
+  emulator::fibers[emulator::current].copies.back().push_back({shared, global});  // arrives when it is waited for
 }
-inline void copy_async_wait() {}
-inline void wait_for_previous_grid() {}
-inline void release_next_grid() {}
-
-inline void load_fragment_a(uint32_t (&a)[4], const char* tile, int stride, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    std::memcpy(&a[i], tile + (g + 8 * (i & 1)) * stride + 4 * t + 16 * (i >> 1), 4);
-  }
+inline void copy_async_wait() { emulator::finish_copies(0); }
+inline void copy_async_commit() { emulator::fibers[emulator::current].copies.emplace_back(); }
+inline void copy_async_wait_but_one() { emulator::finish_copies(2); }
+inline float approximate_sqrt(float x) { return std::sqrt(x); }
+inline float approximate_reciprocal(float x) { return 1.f / x; }
+inline int uniform_warp_index() { return emulator::current / 32; }
+inline void wait_for_previous_grid() { emulator::fibers[emulator::current].waited = true; }
+inline void release_next_grid() {
+  if (!emulator::fibers[emulator::current].waited) __trap();
 }
 
 // D = A B + C with A [16][16], B [16][8]; lane 4 g + t holds, of A, (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)

@@ -58,12 +58,13 @@ class StoreParams(ctypes.Structure):
         for n in (
             "num_tokens",
             "dim",
-            "steps",
             "block_size",
             "tiles_per_block",
             "tile_bytes",
             "window_block_size",
             "key_ctas",
+            "block_shift",
+            "window_shift",
         )
     ]
 
@@ -85,7 +86,6 @@ class DequantizeParams(ctypes.Structure):
             "num_requests",
             "num_tiles",
             "dim",
-            "chunk_lanes_log2",
             "block_size",
             "tiles_per_block",
             "tile_bytes",
@@ -113,6 +113,10 @@ def turn_of(tables: LayerTables) -> Turn:
     return Turn(tables.rope_table.data_ptr(), rotary, shift, tables.interleaved)
 
 
+def log2_of(size: int) -> int:
+    return size.bit_length() - 1 if size & (size - 1) == 0 else -1
+
+
 def run_store(lib, codec, key, value, pages, slots, positions, block_size, window=None, window_slots=None, **how):
     tables, dim, heads = layer_tables(codec), key.shape[2], key.shape[1]
     sides = []
@@ -135,10 +139,11 @@ def run_store(lib, codec, key, value, pages, slots, positions, block_size, windo
         p.window, p.window_slots, p.window_block_size = window.data_ptr(), window_slots.data_ptr(), window.shape[2]
         p.window_stride = (I64 * 3)(*window.stride()[:3])
     p.slots, p.positions, p.num_tokens, p.dim = slots.data_ptr(), positions.data_ptr(), slots.numel(), dim
-    p.steps = tables.k.encode.shape[2]
+    p.block_shift, p.window_shift = log2_of(block_size), log2_of(p.window_block_size)
     p.block_size, p.tiles_per_block, p.tile_bytes = block_size, block_size // TILE, tables.tile_bytes
     bf16 = key.dtype == torch.bfloat16
-    lib.store(ctypes.byref(p), heads, bf16, how.get("many", False), how.get("ctas", 1), how.get("in_shared", True))
+    shape = (tables.k.encode.shape[2], how.get("many", False), how.get("ctas", 1), how.get("in_shared", True))
+    lib.store(ctypes.byref(p), heads, bf16, *shape)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -209,7 +214,6 @@ def run_dequantize(
         setattr(p, name, row.data_ptr())
     p.block_table, p.table_stride = table.data_ptr(), table.stride(0)
     p.num_requests, p.num_tiles, p.dim = ranges.shape[1] - 1, num_tiles, dim
-    p.chunk_lanes_log2 = (dim // 8 - 1).bit_length()
     p.block_size, p.tiles_per_block, p.tile_bytes = block_size, block_size // TILE, tables.tile_bytes
     lib.dequantize(ctypes.byref(p), heads, dtype == torch.bfloat16, 2, dim < 256)
     return out

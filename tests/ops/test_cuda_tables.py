@@ -89,7 +89,7 @@ def test_encode_image_is_the_b_operand(rotary_dim, interleaved):
     if rotary_dim and not interleaved:  # both halves of a rotated pair in one chunk
         turned = order[: rotary_dim // 8]
         assert torch.equal(turned[:, 4:], turned[:, :4] + rotary_dim // 2)
-    image = encode_image(encode, order).double()
+    image = encode_image(encode, order, 4).double()
     both = image.sum(3)  # high and low terms
     for lane in (0, 5, 31):
         g, t = lane // 4, lane % 4
@@ -106,12 +106,15 @@ def test_encode_image_is_the_b_operand(rotary_dim, interleaved):
 
 def test_decode_image_is_the_b_operand():
     decode = 1e-3 * torch.randn(2, 32, 48)
-    image, unit = decode_image(decode)
+    order = chunk_order(48, 32, False)
+    image, unit = decode_image(decode, order)
+    assert image.shape == (2, 2, 2, 2, 32, 8)
     assert torch.equal(torch.frexp(unit)[0], torch.full((2,), 0.5))
-    g, t = 3, 2
-    rows = torch.tensor([2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]) + 16
-    got = image[1, 2, 1, 4 * g + t, 4:].float() * unit[1]
-    assert torch.allclose(got, decode[1, rows, 32 + 8 + g], rtol=2**-10, atol=2**-20 * float(unit[1]))
+    for span, group, tile, g, t in ((0, 1, 0, 3, 2), (1, 0, 3, 2, 1), (0, 0, 2, 7, 0)):
+        rows = torch.tensor([2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]) + 16 * group
+        got = image[1, span, group, tile // 2, 4 * g + t, 4 * (tile % 2) : 4 * (tile % 2) + 4].float() * unit[1]
+        column = order[4 * span + g // 2, 2 * tile + g % 2]
+        assert torch.allclose(got, decode[1, rows, column], rtol=2**-10, atol=2**-20 * float(unit[1]))
 
 
 @pytest.mark.parametrize("rope_block", [1, 32])
@@ -130,7 +133,7 @@ def test_turns_multiply_to_every_block_start(rope_block):
 def test_class_rule_and_latent_means():
     assert SINK_RATIO == 0.3  # the store kernels have 0.7 |x|^2 in it
     codec = random_codec(LayerPlan(side_plan(8, 4, 4), side_plan(4, 4)), rope_block=32)
-    tables = side_tables(codec.k, codec.layout, "k", chunk_order(64, 64, False))
+    tables = side_tables(codec.k, codec.layout, "k", chunk_order(64, 64, False), 4)
     offset = torch.arange(32)
     mean, sink = (x.double() for x in reference._means(codec.to("cpu", torch.float64).k, offset))
     x = torch.randn(32, 2, 64, dtype=torch.float64) + torch.where(offset[:, None, None] % 2 > 0, mean, sink)

@@ -11,7 +11,7 @@ from vllm_kqsvd.ops.cuda_segments import PrefillPlan, Segment
 from vllm_kqsvd.ops.cuda_store import LatentStore
 from vllm_kqsvd.ops.interface import LayerShape, Step
 
-WORKSPACE_ROWS = 16384  # context tokens expanded at a time
+WORKSPACE_ROWS = 32768  # context tokens expanded at a time
 _MATH_ROWS = 64  # query rows per product of the plain path
 
 
@@ -56,7 +56,7 @@ def workspace(shape: LayerShape, device: torch.device) -> torch.Tensor:
 
 
 def workspace_bytes(shape: LayerShape) -> int:
-    """Bytes of `workspace`: 64 MiB for 8 KV heads of width 128 in 16 bits."""
+    """Bytes of `workspace`: 128 MiB for 8 KV heads of width 128 in 16 bits."""
     return 2 * WORKSPACE_ROWS * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
 
 

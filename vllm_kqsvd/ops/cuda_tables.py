@@ -39,7 +39,14 @@ def chunk_order(dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:
     return torch.where(apart, paired, 8 * chunk + eight)
 
 
-def encode_image(encode: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def store_steps(dim: int, groups: int) -> int:
+    """k-steps of the store kernels compiled for a head width and a number of channel groups (store_params.cuh)."""
+    if groups > 8 or dim > 128:
+        return 16
+    return 4 if dim <= 64 else 8
+
+
+def encode_image(encode: torch.Tensor, order: torch.Tensor, steps: int) -> torch.Tensor:
     """encode [H, d, R], order [d / 8, 8] -> [H, R / 16, steps, 2, 32, 8] bf16: B fragments of `mma.m16n8k16`.
 
     Term 0 is the rounded matrix, term 1 what is left. Chunk 4 c + t is lane t's part (of every quad) of steps 2 c and
@@ -47,25 +54,33 @@ def encode_image(encode: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     beyond d are zero.
     """
     heads, dim, rank = encode.shape
-    chunks = -(-dim // 32) * 4
+    chunks = 2 * steps
     rows = encode.new_zeros(heads, chunks * 8, rank)
     rows[:, :dim] = encode[:, order.flatten().to(encode.device)]
     high = rows.to(torch.bfloat16)
     low = (rows.double() - high.double()).to(torch.bfloat16)
     x = torch.stack((high, low), 1).view(heads, 2, chunks // 4, 4, 2, 4, rank // 16, 2, 8)
     x = x.permute(0, 6, 2, 4, 1, 8, 3, 7, 5)  # head, group, chunk / 4, step, term, g, t, tile, element
-    return x.reshape(heads, rank // 16, chunks // 2, 2, 32, 8).contiguous()
+    return x.reshape(heads, rank // 16, steps, 2, 32, 8).contiguous()
 
 
-def decode_image(decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """decode [H, R, d] -> ([H, d / 16, R / 16, 32, 8] fp16 B fragments over the unit, unit [H], a power of two)."""
+def decode_image(decode: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode [H, R, d], order [d / 8, 8] -> (fp16 B fragments over the unit, unit [H], a power of two).
+
+    Fragments [H, ceil(d / 32), R / 16, 2, 32, 8]: of four n-tiles, columns 2 t and 2 t + 1 are two elements of chunk
+    4 j + t, so that lane t of every quad gets the whole chunk. Columns beyond d are zero.
+    """
     heads, rank, dim = decode.shape
     peak = decode.double().abs().amax((1, 2)).clamp_min(2.0**-100)
     unit = torch.exp2(torch.floor(torch.log2(peak)))
-    x = (decode.double() / unit[:, None, None]).half()
-    x = x.view(heads, rank // 16, 2, 4, 2, dim // 16, 2, 8)
-    x = x.permute(0, 5, 1, 7, 3, 6, 2, 4)  # head, column, group, g, t, tile, half, pair
-    return x.reshape(heads, dim // 16, rank // 16, 32, 8).contiguous(), unit.float()
+    spans = -(-dim // 32)
+    columns = decode.new_zeros(heads, rank, spans * 32, dtype=torch.float64)
+    columns[..., :dim] = (decode.double() / unit[:, None, None])[..., order.flatten().to(decode.device)]
+    # [H, group, half, t (of the rows), pair, span, chunk, tile / 2, tile, element]
+    x = columns.half().view(heads, rank // 16, 2, 4, 2, spans, 4, 2, 2, 2)
+    # head, span, group, tile / 2, g = (chunk, element), t, tile, half, pair
+    x = x.permute(0, 5, 1, 7, 6, 9, 3, 8, 2, 4)
+    return x.reshape(heads, spans, rank // 16, 2, 32, 8).contiguous(), unit.float()
 
 
 _TURNS: dict[tuple[object, ...], torch.Tensor] = {}
@@ -109,14 +124,14 @@ class SideTables:
         return (self.decode, self.decode_unit, self.mean, self.plan, self.first_byte, self.num_bytes)
 
 
-def side_tables(side: SideCodec, layout: LatentLayout, name: str, order: torch.Tensor) -> SideTables:
-    """Constants of side `name` ("k" or "v") on the codec's device; `order` of its elements from `chunk_order`."""
+def side_tables(side: SideCodec, layout: LatentLayout, name: str, order: torch.Tensor, steps: int) -> SideTables:
+    """Constants of side `name` ("k" or "v") on the codec's device; `chunk_order` and `store_steps` of the layer."""
     both = torch.stack((side.mean, side.sink), 1).double()  # [H, 2, M, d]
     mean = torch.einsum("pm,hcmd->hcpd", side.mean_basis.double(), both)
     ordinary, sink = mean.unbind(1)
-    image, unit = decode_image(side.decode)
+    image, unit = decode_image(side.decode, order)
     return SideTables(
-        encode=encode_image(side.encode, order),
+        encode=encode_image(side.encode, order, steps),
         weight=torch.stack((side.scale_weight, side.guard_weight), -1).float().contiguous(),
         latent_mean=torch.einsum("hcpd,hdr->hcpr", mean, side.encode.double()).float().contiguous(),
         class_vector=(2 * (sink - SINK_RATIO * ordinary)).float().contiguous(),
@@ -161,9 +176,10 @@ def layer_tables(codec: LayerCodec) -> LayerTables:
         table = torch.zeros(0, device=device)
     layout = codec.layout
     turned = rotary if codec.rope_block else 0
+    steps = store_steps(dim, max(codec.plan.k.num_groups, codec.plan.v.num_groups))
     return LayerTables(
-        side_tables(codec.k, layout, "k", chunk_order(dim, turned, codec.rope.interleaved)),
-        side_tables(codec.v, layout, "v", chunk_order(dim, 0, False)),
+        side_tables(codec.k, layout, "k", chunk_order(dim, turned, codec.rope.interleaved), steps),
+        side_tables(codec.v, layout, "v", chunk_order(dim, 0, False), steps),
         table,
         codec.rope_block,
         codec.rope.interleaved,
