@@ -6,8 +6,9 @@
 
 vLLM reads each window in steps of `--chunk` tokens and scores it (prompt log-probabilities, full vocabulary): every
 step but the first reads the compressed cache. The same windows go through the offline harness with the same reading
-rule. `--prompts FILE` then answers the prompts of `benchmarks.fidelity_tasks` with the same engine. Rows are
-appended to benchmarks/results/fidelity.csv, method "NAME (vLLM)" and "NAME (offline)".
+rule. `--prompts FILE` then answers the prompts of `benchmarks.fidelity_tasks` with the same engine; without `--data` it
+does only that. Rows are appended to benchmarks/results/fidelity.csv, method "NAME (vLLM)" and "NAME (offline)". A run
+that is stopped keeps the rows of its finished texts and its finished answers.
 """
 
 from __future__ import annotations
@@ -101,16 +102,23 @@ def served_rows(llm, windows: list[Window], chunk: int, rows: Rows):
 
 
 def answer(llm, prompts: Path, out: Path) -> None:
-    """Greedy answers to the prompts (JSON lines with id, prompt, max_tokens, stop)."""
+    """Greedy answers to the prompts (JSON lines with id, prompt, max_tokens, stop), a line as each is finished."""
     from vllm import SamplingParams
 
     tasks = [json.loads(line) for line in prompts.read_text().splitlines()]
     params = [SamplingParams(temperature=0.0, max_tokens=t["max_tokens"], stop=t.get("stop")) for t in tasks]
     began = time.monotonic()
-    done = llm.generate([t["prompt"] for t in tasks], params, use_tqdm=False)
+    asked = llm.enqueue([t["prompt"] for t in tasks], params, use_tqdm=False)
+    waiting = {request.partition("-")[0]: task["id"] for request, task in zip(asked, tasks, strict=True)}
+    with out.open("w", buffering=1) as f:
+        while llm.llm_engine.has_unfinished_requests():
+            for done in llm.llm_engine.step():
+                if done.finished:
+                    task = waiting.pop(done.request_id.partition("-")[0])
+                    f.write(json.dumps({"id": task, "answer": done.outputs[0].text}) + "\n")
+    if waiting:
+        raise SystemExit(f"{len(waiting)} of {len(tasks)} prompts have no answer")
     print(f"{len(tasks)} answers in {time.monotonic() - began:.1f} s", flush=True)
-    answers = ({"id": t["id"], "answer": d.outputs[0].text} for t, d in zip(tasks, done, strict=True))
-    out.write_text("".join(json.dumps(a) + "\n" for a in answers))
 
 
 def offline_codec(options, num_layers: int):
@@ -127,13 +135,25 @@ def offline_codec(options, num_layers: int):
 
 
 def main() -> None:
-    """Exact and offline passes first, then the engine; rows at the end."""
+    """Exact and offline passes first, then the engine; rows after every text."""
     options = parse()
     began = time.monotonic()
 
     def say(what: str) -> None:
         print(f"[{time.monotonic() - began:.1f} s] {what}", flush=True)
 
+    measured = measure_exactly(options, say) if options.data else None
+    llm = make_engine(options)
+    say("engine ready")
+    if measured:
+        served(options, llm, *measured, say)
+    if options.prompts:
+        answer(llm, options.prompts, options.answers)
+    say("done")
+
+
+def measure_exactly(options, say):
+    """The windows, each one's exact log-probabilities and offline score; codec, its bits, folder and reading rule."""
     model, tokenizer = load_model(options.model, options.device, torch.float32)
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -159,38 +179,41 @@ def main() -> None:
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
     say(f"{len(windows)} windows scored exactly and offline")
-    llm = make_engine(options)
+    return windows, exact, offline, (codec, bits, folder, rule)
+
+
+def served(options, llm, windows, exact, offline, how_offline, say) -> None:
+    """Score the windows as the engine reads them; rows are appended when a text's windows are done."""
+    codec, bits, folder, rule = how_offline
     rows = Rows()
-    llm.apply_model(lambda served: served.logits_processor.register_forward_hook(rows) and None)
-    say("engine ready")
-    found: dict[tuple[int, str, str], list[Score]] = defaultdict(list)
-    for window, wanted, one, got in zip(
-        windows, exact, offline, served_rows(llm, windows, options.chunk, rows), strict=True
-    ):
-        key = window.tokens.numel(), window.text
-        found[*key, "vLLM"].append(compare(wanted, got.to(wanted.device), window.tokens[window.first_scored + 1 :]))
+    llm.apply_model(lambda model: model.logits_processor.register_forward_hook(rows) and None)
+    found: dict[str, list[Score]] = defaultdict(list)
+    keys = [(window.tokens.numel(), window.text) for window in windows]
+    got = served_rows(llm, windows, options.chunk, rows)
+    for i, (window, wanted, one, log_probabilities) in enumerate(zip(windows, exact, offline, got, strict=True)):
+        there = log_probabilities.to(wanted.device)
+        found["vLLM"].append(compare(wanted, there, window.tokens[window.first_scored + 1 :]))
         if one is not None:
-            found[*key, "offline"].append(one)
-    table = []
-    for (context, text, how), scores in found.items():
-        figures = Fidelity.of(text, scores)
-        options.context = context
-        method = f"{codec.name} ({how})"
-        say(f"{context} {method} {figures.row()}")
-        row = table_row(figures, options, method, bits, "class" if folder else 0, rule, folder, "fidelity_engine")
-        row["versions"] += f"; served in {options.served_dtype}"
-        table.append(row)
-    append(table, options.output)
-    if options.prompts:
-        answer(llm, options.prompts, options.answers)
-    say("done")
+            found["offline"].append(one)
+        if keys[i + 1 : i + 2] == [keys[i]]:
+            continue
+        options.context, text = keys[i]
+        table = []
+        for how, scores in found.items():
+            figures, method = Fidelity.of(text, scores), f"{codec.name} ({how})"
+            say(f"{options.context} {method} {figures.row()}")
+            row = table_row(figures, options, method, bits, "class" if folder else 0, rule, folder, "fidelity_engine")
+            row["versions"] += f"; served in {options.served_dtype}"
+            table.append(row)
+        append(table, options.output)
+        found.clear()
 
 
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="held-out text files")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="held-out text files (none: only answers)")
     served = parser.add_mutually_exclusive_group(required=True)
     served.add_argument("--cache", help="a --kv-cache-dtype of vLLM (auto: 16 bits)")
     served.add_argument("--projection", type=Path, help="serve through this projection folder")
@@ -209,7 +232,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--answers", type=Path, help="where the answers go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not (options.data or options.prompts):
+        parser.error("nothing to do: give --data, --prompts or both")
+    if options.prompts and not options.answers:
+        parser.error("--prompts needs --answers FILE")
+    return options
 
 
 if __name__ == "__main__":

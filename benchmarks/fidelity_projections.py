@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projections of many budgets from one reading of the calibration text, with the time every part takes.
 
-    python -m benchmarks.fidelity_projections MODEL OUT --data FILE... [--bits 4 3 2.5 2] [--plans free catalogue]
+    python -m benchmarks.fidelity_projections MODEL OUT --data FILE... [--bits 4 3 2.5 2] [--plans free auto]
 
-Writes OUT/{model}-{bits}bit[-catalogue] and OUT/statistics.safetensors. `--statistics FILE` solves from what an
-earlier run collected, so that several processes can share the budgets; they need the same options and data.
+Writes OUT/{model}-{bits}bit with any plan (free), -catalogue with compiled plans, -default with what `kqsvd calibrate`
+chooses unasked (auto), and OUT/statistics.safetensors. `--statistics FILE` solves from what an earlier run collected,
+so that several processes can share the budgets; they need the same options and data.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.model_probe import probe
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.projection import save_projection
+
+SUFFIX = {"free": "", "catalogue": "-catalogue", "auto": "-default"}
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
         for bits in options.bits:
             settings = CalibrateOptions(bits=bits, plans=plans, collect=collect)
             projection = project(options.model, layers, statistics, corpus, settings, options.device)
-            name = f"{options.model.name}-{bits:g}bit" + ("" if plans == "free" else f"-{plans}")
+            name = f"{options.model.name}-{bits:g}bit" + SUFFIX[plans]
             save_projection(projection, options.out / name)
             done(f"solved {name}")
 
@@ -71,7 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="calibration text files")
     parser.add_argument("--bits", type=float, nargs="*", default=[4.0, 3.0, 2.5, 2.0])
-    parser.add_argument("--plans", nargs="+", default=["free", "catalogue"], choices=("free", "catalogue"))
+    parser.add_argument("--plans", nargs="+", default=["free", "catalogue"], choices=tuple(SUFFIX))
     parser.add_argument("--statistics", type=Path, help="solve from this file instead of collecting")
     parser.add_argument("--num-windows", type=int, default=CollectOptions.num_windows)
     parser.add_argument("--gradient-windows", type=int, default=CollectOptions.gradient_windows)
