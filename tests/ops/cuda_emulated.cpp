@@ -3,6 +3,9 @@
 // The launch shapes repeat those of csrc/store_latent.cu and csrc/dequantize.cu.
 #include "cuda_emulator.h"
 
+#include <string>
+#include <utility>
+
 #include "kqsvd/dequantize.cuh"
 #include "kqsvd/store_few.cuh"
 #include "kqsvd/store_many.cuh"
@@ -74,6 +77,31 @@ void emulate_dequantize_dtype(const DequantizeParams& p, int heads, int ctas, bo
   wide ? emulate_dequantize<T, 16>(p, heads, ctas, in_shared) : emulate_dequantize<T, 8>(p, heads, ctas, in_shared);
 }
 
+// Takes what the kernels before the store write away until it has waited for them.
+struct Inputs {
+  std::vector<std::pair<char*, std::string>> kept;
+
+  void hide(const void* from, size_t bytes) {
+    char* at = const_cast<char*>(static_cast<const char*>(from));
+    kept.emplace_back(at, std::string(at, bytes));
+    std::memset(at, 0x7e, bytes);
+  }
+  Inputs(const StoreParams& p, int heads) {
+    for (const StoreSide& side : p.side) {
+      for (int i = 0; i < p.num_tokens * heads; ++i) {
+        const char* x = static_cast<const char*>(side.x);
+        hide(x + 2 * (i / heads * side.token_stride + i % heads * side.head_stride), 2 * p.dim);
+      }
+    }
+    for (const int64_t* numbers : {p.slots, p.positions, p.window_slots}) {
+      if (numbers != nullptr) hide(numbers, 8 * p.num_tokens);
+    }
+    previous_grid = [this] {
+      for (const auto& [at, bytes] : kept) std::memcpy(at, bytes.data(), bytes.size());
+    };
+  }
+};
+
 }  // namespace kqsvd
 
 extern "C" {
@@ -82,6 +110,7 @@ size_t store_params_size() { return sizeof(kqsvd::StoreParams); }
 size_t dequantize_params_size() { return sizeof(kqsvd::DequantizeParams); }
 
 void store(kqsvd::StoreParams* p, int heads, bool bf16, int steps, bool many, int ctas, bool in_shared) {
+  const kqsvd::Inputs inputs(*p, heads);
   if (bf16) {
     kqsvd::emulate_store_dtype<__nv_bfloat16>(*p, heads, steps, many, ctas, in_shared);
   } else {

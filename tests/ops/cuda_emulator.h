@@ -215,7 +215,11 @@ inline void copy_async_wait_but_one() { emulator::finish_copies(2); }
 inline float approximate_sqrt(float x) { return std::sqrt(x); }
 inline float approximate_reciprocal(float x) { return 1.f / x; }
 inline int uniform_warp_index() { return emulator::current / 32; }
-inline void wait_for_previous_grid() { emulator::fibers[emulator::current].waited = true; }
+inline std::function<void()> previous_grid;  // what the kernel before has done when the wait is over
+inline void wait_for_previous_grid() {
+  emulator::fibers[emulator::current].waited = true;
+  if (previous_grid) previous_grid(), previous_grid = nullptr;
+}
 inline void release_next_grid() {
   if (!emulator::fibers[emulator::current].waited) __trap();
 }
