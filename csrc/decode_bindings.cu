@@ -57,7 +57,7 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
             std::optional<Tensor> window_pages, std::optional<Tensor> window_table, const Tensor requests,
             const Tensor key_image, const Tensor mean_tile, const Tensor sink_rows, const Tensor rope_table,
             const Tensor key_exponent, const Tensor value_basis, const Tensor value_mean, const Tensor value_factor,
-            Tensor partials, Tensor window_partials, Tensor counters, int64_t key, int64_t num_requests,
+            Tensor partials, Tensor whole_partials, int64_t key, int64_t num_requests,
             int64_t block_size, int64_t columns, int64_t rope_block, int64_t rotary_dim, bool rotary_interleaved,
             int64_t sliding_window, double scale, double soft_cap) {
   const Instance& instance = instance_of(key);
@@ -119,15 +119,12 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   p.heads_per_kv = static_cast<int>(query.size(1)) / p.num_kv_heads;
   p.column_groups = static_cast<int>(columns);
   p.partials = data<float>(partials);
-  p.window_partials = data<float>(window_partials);
-  p.counters = data<int>(counters);
+  p.whole_partials = data<float>(whole_partials);
   p.num_ctas = kqsvd::limits_of(device).multiprocessors;
   p.max_phases = (p.num_kv_heads * p.column_groups + p.num_ctas - 1) / p.num_ctas + 1;
   const int64_t virtual_heads = int64_t{p.num_kv_heads} * p.column_groups;
   STD_TORCH_CHECK(partials.numel() >= int64_t{p.num_ctas} * instance.parts * p.max_phases * 2 * instance.record_floats &&
-                      counters.numel() >= num_requests * virtual_heads &&
-                      (!window_pages.has_value() ||
-                       window_partials.numel() >= num_requests * virtual_heads * instance.record_floats),
+                      whole_partials.numel() >= num_requests * virtual_heads * instance.record_floats,
                   "the decode workspace is too small for this step");
   kqsvd::check_cuda(instance.launch(p, on.stream()), "decode launch");
 }
@@ -143,7 +140,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kqsvd, m) {
       "decode(Tensor query, Tensor(a!) out, Tensor pages, Tensor block_table, Tensor? window_pages, "
       "Tensor? window_table, Tensor requests, Tensor key_image, Tensor mean_tile, Tensor sink_rows, Tensor rope_table, "
       "Tensor key_exponent, Tensor value_basis, Tensor value_mean, Tensor value_factor, Tensor(b!) partials, "
-      "Tensor(c!) window_partials, Tensor(d!) counters, int key, int num_requests, int block_size, int columns, "
+      "Tensor(c!) whole_partials, int key, int num_requests, int block_size, int columns, "
       "int rope_block, int rotary_dim, bool rotary_interleaved, int sliding_window, float scale, "
       "float soft_cap) -> ()");
 }

@@ -44,9 +44,9 @@ struct Config {
   static constexpr int kQueryBytes = D / 32 * 1024;
   static constexpr int kList = 512;                         // pieces of one request that a merge can list
   static_assert(kOutRows <= 128, "a merging thread holds one row");
-  // Scratch of a warpgroup: the query, then the same bytes two halves of a record; a list; an exchange and flags.
+  // Scratch of a warpgroup: the query, then the same bytes two halves of a record; an exchange and the work item.
   static constexpr int kRecordsBytes = 8 * kRecord > kQueryBytes ? 8 * kRecord : kQueryBytes;
-  static constexpr int kExchange = kRecordsBytes + 2 * kList;
+  static constexpr int kExchange = kRecordsBytes;
   static constexpr int kScratchBytes = (kExchange + 640 + 127) / 128 * 128;
 
   // Of one warp: ring, rope rows, two mbarriers, stream state and progress, sources of odd tiles.

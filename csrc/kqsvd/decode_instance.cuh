@@ -2,9 +2,9 @@
 // One compiled decode kernel: launcher and registration. Included by the generated csrc/decode_*.cu files.
 #pragma once
 
+#include "decode_finish.cuh"
 #include "decode_kernel.cuh"
 #include "decode_launch.h"
-#include "decode_window.cuh"
 
 namespace kqsvd::decode {
 
@@ -27,13 +27,14 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &dependent;
   config.numAttrs = 1;
-  config.gridDim = dim3(params.num_kv_heads * params.column_groups, params.window_pages ? params.num_requests : 1);
-  config.blockDim = dim3(128);
-  if (cudaError_t e = cudaLaunchKernelEx(&config, window_kernel<Cf>, params)) return e;
   config.gridDim = dim3(params.num_ctas);
   config.blockDim = dim3(Cf::kThreads);
   config.dynamicSmemBytes = Cf::kSharedBytes;
-  return cudaLaunchKernelEx(&config, decode_kernel<Cf>, params);
+  if (cudaError_t e = cudaLaunchKernelEx(&config, decode_kernel<Cf>, params)) return e;
+  config.gridDim = dim3(params.num_kv_heads * params.column_groups, params.num_requests);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 0;
+  return cudaLaunchKernelEx(&config, finish_kernel<Cf>, params);
 }
 
 template <class Cf>

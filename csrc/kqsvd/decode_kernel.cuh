@@ -15,37 +15,16 @@ struct Progress {
   int vh, begin, end, request;
 };
 
-// Hands the joined record of an item on: straight to the output, or to the partial results, which the last piece of a
-// request to arrive merges. One warpgroup.
+// Where the record of the item goes: a request that this warpgroup serves alone has a place of its own.
 template <class Cf>
-__device__ __noinline__ void finish_item(const DecodeParams& p, Scratch<Cf> scratch, const Progress* at) {
-  const int thread = threadIdx.x & 127, warpgroup = threadIdx.x >> 7;
-  const WorkItem* x = scratch.item();
-  const Request* r = &x->r;
-  float* record = scratch.record();
-  const int vh = at->vh, all = r->unit_end - r->unit_begin;
-  const int mine = min(at->end, r->unit_end) - max(at->begin, r->unit_begin);
-  const int64_t cell = static_cast<int64_t>(at->request) * (p.num_kv_heads * p.column_groups) + vh;
-  if (mine < all) {
-    const int slot = piece_slot<Cf>(at->cut, p.max_phases, blockIdx.x, warpgroup, vh, at->begin, r->unit_begin);
-    join_halves<Cf>(record, p.partials + static_cast<int64_t>(slot) * Cf::kRecord, thread);
-    warpgroup_barrier(warpgroup);
-    int* flag = scratch.flag();
-    if (thread == 0) {
-      // With the barriers around it this orders all that the warpgroups wrote before all that the last one reads.
-      const bool last = count_up(&p.counters[cell], mine) + mine == all;
-      if (last) p.counters[cell] = 0;
-      *flag = last;
-    }
-    warpgroup_barrier(warpgroup);
-    if (!*flag) return;
-    merge_pieces<Cf>(record, scratch.list(), flag + 1, p, at->cut, r, vh, warpgroup, thread);
-  } else {
-    join_halves<Cf>(record, nullptr, thread);
-    warpgroup_barrier(warpgroup);
-  }
-  const float* window = r->last < r->length ? p.window_partials + cell * Cf::kRecord : nullptr;
-  write_output<Cf>(record, window, p, r, x->head, x->column0, thread >> 5, thread & 31);
+__device__ __forceinline__ float* record_target(const DecodeParams& p, Scratch<Cf> scratch, const Progress* at) {
+  const Request* r = &scratch.item()->r;
+  const int warpgroup = threadIdx.x >> 7;
+  if (at->begin <= r->unit_begin && r->unit_end <= at->end)
+    return p.whole_partials +
+           (static_cast<int64_t>(at->request) * (p.num_kv_heads * p.column_groups) + at->vh) * Cf::kRecord;
+  const int slot = piece_slot<Cf>(at->cut, p.max_phases, blockIdx.x, warpgroup, at->vh, at->begin, r->unit_begin);
+  return p.partials + static_cast<int64_t>(slot) * Cf::kRecord;
 }
 
 // Next item of this warpgroup in its range; false at the end. Fills the shared work item.
@@ -59,9 +38,10 @@ __device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratc
     if (++request >= p.num_requests) return false;
     r = p.requests[request];
     if (r.unit_begin >= end) return false;
-    if (r.unit_end > begin && r.unit_end > r.unit_begin) break;
+    if (r.unit_end <= begin || r.unit_end == r.unit_begin) continue;
+    item = Item(r, begin, end, Cf::kGrain);
+    if (item.first < item.last) break;  // not where everything is in the window
   }
-  item = Item(r, begin, end, Cf::kGrain);
   warpgroup_barrier(warpgroup);  // everyone is done with the previous item
   if (thread % 32 == 0) at->request = request;
   if (thread == 0) {
@@ -75,8 +55,7 @@ __device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratc
                                p.soft_cap_log2 > 0.f ? 0 : max(visible_end - visible_begin - Cf::kSecondChunk - 31, 0),
                                p.key_exponent[head]};
   }
-  if (item.first < item.last)
-    load_query<Cf>(scratch.query(), p, r, vh / p.column_groups, vh % p.column_groups * Cf::C, thread);
+  load_query<Cf>(scratch.query(), p, r, vh / p.column_groups, vh % p.column_groups * Cf::C, thread);
   warpgroup_barrier(warpgroup);
   return true;
 }
@@ -146,18 +125,12 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     bulk_copy(shared_u32(map.mean()), p.mean_tile + static_cast<int64_t>(head) * (Cf::kMeanBytes / 16), Cf::kMeanBytes,
               image_bar);
   };
-  // The head of this CTA's first unit does not depend on the schedule: fetch its constants before anything else. The
-  // window kernel before this one had waited for everything earlier when it let this one start.
+  // Neither the constants of this CTA's first head nor the schedule and the block table are written by the kernel before
+  // this one: read them while it ends. (decode.cu: a schedule kernel directly before has ended.)
   const int virtual_heads = p.num_kv_heads * p.column_groups;
   int loaded = blockIdx.x * virtual_heads / p.num_ctas / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
-  grid_launch_dependents();  // the next window kernel waits for all of this grid before it touches anything
-  {  // the output's constants are wanted last; have them in L2 by then
-    constexpr int bytes = Cf::D * Cf::GV * 32;
-    const uint8_t* basis = reinterpret_cast<const uint8_t*>(p.value_basis) + static_cast<int64_t>(loaded) * bytes;
-    for (int i = thread * 128; i < bytes; i += Cf::kThreads * 128) prefetch_l2(basis + i);
-  }
   if (lane == 0) {
     const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
     *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0};
@@ -187,7 +160,9 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     }
     __syncwarp();
     if (begin >= end) continue;
-    stream.n = 0;
+    stream.begin(p, lane);
+    grid_dependency_wait();  // for the query, and pages of other requests that this step filled
+    grid_launch_dependents();  // the finishing blocks may be here early
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) stream.issue(p, i, i, i % Cf::kSlots == 0, lane);
     Item item;
@@ -202,11 +177,12 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       const int g = lane >> 2;
       merge_warps<Cf, Cf::GV, Cf::C == 4>(scratch.record(), scratch.exchange(), acc.o, sums,
                                           [&](int i, int y) { return 16 * i + 8 * y + g; }, warp & 3, warpgroup, lane);
-      finish_item<Cf>(p, scratch, at);
+      write_record<Cf>(record_target<Cf>(p, scratch, at), scratch.record(), threadIdx.x & 127);
     }
   }
   mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA
   grid_dependency_wait();
+  grid_launch_dependents();
 }
 
 }  // namespace kqsvd::decode

@@ -65,8 +65,7 @@ struct DecodeParams {
 
   // Workspace, shared by all layers.
   float* partials;         // split results, `partial_floats` each
-  float* window_partials;  // [request][virtual head]
-  int* counters;           // [request][virtual head], zero between launches
+  float* whole_partials;   // [request][virtual head]: results of requests that are not split
   int num_ctas, max_phases;
 };
 

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant
     base += all;
     __syncthreads();
   }
+  __threadfence();  // the latent kernel may start as soon as this one ends, and reads the table without waiting
 }
 
 }  // namespace kqsvd::decode

@@ -75,9 +75,7 @@ struct Scratch {
   uint8_t* base;
   __device__ uint4* query() const { return reinterpret_cast<uint4*>(base); }    // while scores are computed
   __device__ float* record() const { return reinterpret_cast<float*>(base); }   // while results are merged
-  __device__ uint16_t* list() const { return reinterpret_cast<uint16_t*>(base + Cf::kRecordsBytes); }
   __device__ float* exchange() const { return reinterpret_cast<float*>(base + Cf::kExchange); }
-  __device__ int* flag() const { return reinterpret_cast<int*>(base + Cf::kExchange + 512); }
   __device__ WorkItem* item() const { return reinterpret_cast<WorkItem*>(base + Cf::kExchange + 544); }
 };
 

@@ -132,11 +132,17 @@ struct SlotStream {
   static __device__ uint2* odd(uint8_t* ring) { return reinterpret_cast<uint2*>(ring + Cf::kWarpState + 96); }
   __device__ uint8_t* generic() const { return static_cast<uint8_t*>(__cvta_shared_to_generic(ring)); }
 
+  // Lays out the first slots of a range, before anything of it is copied.
+  __device__ __forceinline__ void begin(const DecodeParams& p, int lane) {
+    n = 0;
+    slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
+  }
+
   // Starts the copies of stream slot n into stage n % 2 (collective over the warp); slots are issued in order from 0.
   // begins_step: n is a multiple of the slots of a step, so rope rows may come with it (and 32 slots are whole steps).
   __device__ __forceinline__ void issue(const DecodeParams& p, unsigned n, int stage, bool begins_step, int lane) {
     static_assert(32 % Cf::kSlots == 0);
-    if (begins_step && n % 32 == 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
+    if (begins_step && n % 32 == 0 && n > 0) slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
     if (lane == n % 32 && slot.tiles >= 0) {
       const uint32_t done = bar(stage), to = ring + stage * Cf::kSlotBytes;
       const int bytes = slot.tiles & ~15;

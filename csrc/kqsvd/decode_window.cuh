@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over the exact positions [last, length) of one request: at most W + 15 + query rows tokens, 16 a warp at a
-// time, straight from global memory. Head dimensions are permuted freely inside a lane's 16-byte loads. A kernel of its
-// own that the latent kernel overlaps: many small blocks hide the latency that would stall a persistent one.
+// time, straight from global memory. Head dimensions are permuted freely inside a lane's 16-byte loads.
 #pragma once
 
 #include "decode_merge.cuh"
 
 namespace kqsvd::decode {
 
-// Writes the record of (request, virtual head) to `target`; rows are head dimensions. One warpgroup.
+// Leaves the two halves of the record of (request, virtual head) in `record`; rows are head dimensions. 128 threads; ends
+// with a barrier.
 template <class Cf>
-__device__ __forceinline__ void attend_window(float* target, float* record, float* exchange, const DecodeParams& p,
-                                              const Request& r, int request, int head, int column0, int warp, int lane) {
+__device__ __forceinline__ void attend_window(float* record, float* exchange, const DecodeParams& p, const Request& r,
+                                              int request, int head, int column0, int warp, int lane) {
   constexpr int warpgroup = 0;
   constexpr int Q = Cf::D / 32;  // 16-byte vectors of a lane per row
   const int g = lane >> 2, t = lane & 3;
@@ -115,23 +115,6 @@ __device__ __forceinline__ void attend_window(float* target, float* record, floa
   // Accumulator (k, h), row g of half y is dimension 32 k + 8 (g / 2) + 2 (2 h + y) + g % 2.
   auto dim = [&](int i, int y) { return 32 * (i >> 1) + 8 * (g >> 1) + 4 * (i & 1) + 2 * y + (g & 1); };
   merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, dim, warp, warpgroup, lane);
-  join_halves<Cf>(record, target, warp * 32 + lane);
-}
-
-// Grid: virtual heads x requests; 128 threads. Only after it has waited for the kernels before it does it let the latent
-// kernel start, so that one may read pages and the query without waiting itself.
-template <class Cf>
-__global__ void __launch_bounds__(128) window_kernel(const __grid_constant__ DecodeParams p) {
-  alignas(16) __shared__ float record[2 * Cf::kRecord];
-  __shared__ float exchange[128];
-  grid_dependency_wait();
-  grid_launch_dependents();
-  const int vh = blockIdx.x, request = blockIdx.y;
-  const Request r = p.requests[request];
-  if (r.num_rows == 0 || r.last >= r.length) return;
-  const int64_t cell = static_cast<int64_t>(request) * gridDim.x + vh;
-  attend_window<Cf>(p.window_partials + cell * Cf::kRecord, record, exchange, p, r, request, vh / p.column_groups,
-                    vh % p.column_groups * Cf::C, threadIdx.x >> 5, threadIdx.x & 31);
 }
 
 }  // namespace kqsvd::decode

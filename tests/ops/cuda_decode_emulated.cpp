@@ -3,9 +3,9 @@
 // PLAN_SOURCE: the plan of an instantiation and its configuration as `Cf`.
 #include "cuda_decode_emulator.h"
 
+#include "kqsvd/decode_finish.cuh"
 #include "kqsvd/decode_kernel.cuh"
 #include "kqsvd/decode_requests.cuh"
-#include "kqsvd/decode_window.cuh"
 
 #include PLAN_SOURCE
 
@@ -29,7 +29,7 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
   s.grain = Cf::kGrain;
   run(schedule_kernel<64>, s, dim3(1), 64, 0);
   const int heads = p->num_kv_heads * p->column_groups;
-  run(window_kernel<Cf>, *p, dim3(heads, p->window_pages ? p->num_requests : 1), 128, 0);
   run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
+  run(finish_kernel<Cf>, *p, dim3(heads, p->num_requests), 128, 0);
 }
 }

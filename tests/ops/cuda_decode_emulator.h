@@ -122,11 +122,7 @@ inline void proxy_fence() {}
 inline void warpgroup_barrier(int warpgroup) {
   emulator::rendezvous(warpgroups[warpgroup].arrived, warpgroups[warpgroup].generation, 128);
 }
-inline void prefetch_l2(const void*) {}
-inline int count_up(int* counter, int n) {
-  *counter += n;
-  return *counter - n;
-}
+inline void __threadfence() {}
 inline void grid_dependency_wait() {}
 inline void grid_launch_dependents() {}
 

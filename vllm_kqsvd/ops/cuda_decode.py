@@ -36,24 +36,20 @@ class DecodeWorkspace:
 
     device: torch.device
     partials: torch.Tensor = field(init=False)
-    window_partials: torch.Tensor = field(init=False)
-    counters: torch.Tensor = field(init=False)
+    whole_partials: torch.Tensor = field(init=False)
     requests: dict[ScheduleKind, torch.Tensor] = field(default_factory=dict)
     rope_tables: dict[tuple[object, ...], tuple[int, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.partials = torch.empty(0, dtype=torch.float32, device=self.device)
-        self.window_partials = torch.empty(0, dtype=torch.float32, device=self.device)
-        self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.whole_partials = torch.empty(0, dtype=torch.float32, device=self.device)
 
-    def reserve(self, partials: int, window_partials: int, cells: int) -> None:
-        """Hold at least this many floats, floats and counters."""
+    def reserve(self, partials: int, whole_partials: int) -> None:
+        """Hold at least this many floats of results of split and of other requests."""
         if self.partials.numel() < partials:
             self.partials = torch.empty(partials, dtype=torch.float32, device=self.device)
-        if self.window_partials.numel() < window_partials:
-            self.window_partials = torch.empty(window_partials, dtype=torch.float32, device=self.device)
-        if self.counters.numel() < cells:
-            self.counters = torch.zeros(cells, dtype=torch.int32, device=self.device)
+        if self.whole_partials.numel() < whole_partials:
+            self.whole_partials = torch.empty(whole_partials, dtype=torch.float32, device=self.device)
 
     def request_table(self, kind: ScheduleKind, num_requests: int) -> torch.Tensor:
         """Persistent request table of a kind: [>= num_requests + 1, 8] int32."""
@@ -128,8 +124,7 @@ class CudaDecode:
         groups = -(-self.heads_per_kv * max_query_len // instance.columns)
         heads = self.shape.num_kv_heads * groups
         phases = -(-heads // torch.cuda.get_device_properties(self.device).multi_processor_count) + 1
-        cells = num_requests * heads
-        self.workspace.reserve(_MAX_CTAS * parts * phases * 2 * record, cells * record, cells)
+        self.workspace.reserve(_MAX_CTAS * parts * phases * 2 * record, num_requests * heads * record)
         return groups
 
     def instance(self, max_query_len: int) -> tuple[Instance, int, int]:
@@ -199,8 +194,7 @@ class CudaDecode:
             c.value_mean,
             c.value_factor,
             self.workspace.partials,
-            self.workspace.window_partials,
-            self.workspace.counters,
+            self.workspace.whole_partials,
             kind.instance.key,
             step.num_decodes,
             s.block_size,
