@@ -81,17 +81,18 @@ __device__ __forceinline__ void rotated_quad(uint32_t (&a)[2][4], const uint4* q
   a[1][2] = turn_back(q.w, x.w, u.w), a[1][3] = turn_back(q.w, x.w, v.w);
 }
 
-// Rows [16 Begin, 16 (Begin + Count)) of the absorb matrix, packed into both B fragments.
+// Starts the product of rows [16 Begin, 16 (Begin + Count)) of the absorb matrix.
 template <class Cf, int Begin, int Count>
-__device__ __forceinline__ void absorb_chain(uint32_t (&b)[2][2 * (Cf::GK + 1)], const uint32_t (&a)[Cf::D / 16][4],
-                                             uint64_t image) {
-  float acc[8 * Count];
-  wgmma_fence();
+__device__ __forceinline__ void start_chain(float (&acc)[8 * Count], const uint32_t (&a)[Cf::D / 16][4], uint64_t image) {
 #pragma unroll
   for (int k = 0; k < Cf::D / 16; ++k)
     wgmma_f16(acc, a[k], image + Begin * 128 + (k >> 2) * (Cf::kRows * 8) + (k & 3) * 2, k > 0);
   wgmma_commit();
-  wgmma_wait<0>();
+}
+
+// Packs a finished product into both B fragments.
+template <class Cf, int Begin, int Count>
+__device__ __forceinline__ void pack_chain(uint32_t (&b)[2][2 * (Cf::GK + 1)], const float (&acc)[8 * Count]) {
 #pragma unroll
   for (int j = 0; j < Count; ++j)
 #pragma unroll
@@ -116,8 +117,20 @@ __device__ __forceinline__ void absorb(uint32_t (&b)[2][2 * (Cf::GK + 1)], const
   }
   constexpr int blocks = Cf::GK + 1, first = blocks > 4 ? (blocks + 1) / 2 : blocks;
   static_assert(first <= 5);
-  absorb_chain<Cf, 0, first>(b, a, image);
-  if constexpr (first < blocks) absorb_chain<Cf, first, blocks - first>(b, a, image);
+  float acc[8 * first];
+  wgmma_fence();
+  start_chain<Cf, 0, first>(acc, a, image);
+  if constexpr (first < blocks) {
+    float more[8 * (blocks - first)];
+    start_chain<Cf, first, blocks - first>(more, a, image);
+    wgmma_wait<1>();
+    pack_chain<Cf, 0, first>(b, acc);
+    wgmma_wait<0>();
+    pack_chain<Cf, first, blocks - first>(b, more);
+  } else {
+    wgmma_wait<0>();
+    pack_chain<Cf, 0, first>(b, acc);
+  }
 }
 
 // Minus the zero-point terms of the scores of both fragments, in accumulator units: columns 2t, 2t + 1, twice. Computed from the
