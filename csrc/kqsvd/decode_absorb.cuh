@@ -21,43 +21,54 @@ __device__ __forceinline__ float float_of(uint16_t bits, int is_bf16) {
   return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
 }
 
-// Query columns of one request into shared memory, as a lane rotates them: for each quad of planes the words (re, im)
-// and (im, -re). Lane (g, t) holds planes 16 k + 4 t .. + 3 of column g mod C. One warpgroup; columns without a row are 0.
+// What one thread of a warpgroup carries from the query in global memory to shared memory: four planes of one column. Two
+// steps, so that the way from global memory overlaps with the end of the item before.
 template <class Cf>
-__device__ __forceinline__ void load_query(uint4* query, const DecodeParams& p, const Request& r, int head, int column0,
-                                           int thread) {
-  for (int i = thread; i < Cf::D; i += 128) {
-    const int k = i >> 5, lane = i & 31;
-    int row = 0, query_head = column0 + (lane >> 2) % Cf::C;  // column = row * heads_per_kv + query_head
+struct QueryPart {
+  uint32_t re[2], im[2];  // 16-bit pairs
+
+  // Columns are row * heads_per_kv + query head; those without a row are 0.
+  __device__ __forceinline__ void fetch(const DecodeParams& p, int first_row, int num_rows, int head, int column0,
+                                        int thread) {
+    re[0] = re[1] = im[0] = im[1] = 0;
+    const int k = thread >> 5, lane = thread & 31, plane = 16 * k + 4 * (lane & 3);
+    int row = 0, query_head = column0 + (lane >> 2) % Cf::C;
     for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
-    uint32_t* words = reinterpret_cast<uint32_t*>(query + k * 64 + lane);  // the quad (im, -re) is 32 vectors further
-    const int plane = 16 * k + 4 * (lane & 3);
-    const uint16_t* from = static_cast<const uint16_t*>(p.query) + (r.row + row) * p.query_token_stride +
+    if (thread >= Cf::D || row >= num_rows) return;
+    const uint16_t* from = static_cast<const uint16_t*>(p.query) + (first_row + row) * p.query_token_stride +
                            (head * p.heads_per_kv + query_head) * p.query_head_stride;
-    if (row >= r.num_rows) {
-      query[k * 64 + lane] = query[k * 64 + 32 + lane] = make_uint4(0, 0, 0, 0);
-    } else if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
-      alignas(8) uint16_t re[4], im[4];
-      *reinterpret_cast<uint2*>(re) = *reinterpret_cast<const uint2*>(from + plane);
-      *reinterpret_cast<uint2*>(im) = *reinterpret_cast<const uint2*>(from + plane + Cf::D / 2);
+    if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
+      const uint2 a = *reinterpret_cast<const uint2*>(from + plane);
+      const uint2 b = *reinterpret_cast<const uint2*>(from + plane + Cf::D / 2);
+      re[0] = a.x, re[1] = a.y, im[0] = b.x, im[1] = b.y;
+    } else {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float a = float_of(re[e], p.is_bf16), b = float_of(im[e], p.is_bf16);
-        words[e] = pack_f16(a, b);
-        words[128 + e] = pack_f16(b, -a);
-      }
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        int re, im;
-        plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, re, im);
-        const float a = float_of(from[re], p.is_bf16), b = float_of(from[im], p.is_bf16);
-        words[e] = pack_f16(a, b);
-        words[128 + e] = pack_f16(b, -a);
+        int at_re, at_im;
+        plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, at_re, at_im);
+        re[e >> 1] |= static_cast<uint32_t>(from[at_re]) << 16 * (e & 1);
+        im[e >> 1] |= static_cast<uint32_t>(from[at_im]) << 16 * (e & 1);
       }
     }
   }
-}
+
+  // As a lane rotates them: for each quad of planes the words (re, im) and, 32 vectors further, (im, -re). Lane (g, t)
+  // holds planes 16 k + 4 t .. + 3 of column g mod C.
+  __device__ __forceinline__ void store(uint4* query, int is_bf16, int thread) const {
+    if (thread >= Cf::D) return;
+    uint32_t plain[4], turned[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float a = float_of(static_cast<uint16_t>(re[e >> 1] >> 16 * (e & 1)), is_bf16);
+      const float b = float_of(static_cast<uint16_t>(im[e >> 1] >> 16 * (e & 1)), is_bf16);
+      plain[e] = pack_f16(a, b);
+      turned[e] = pack_f16(b, -a);
+    }
+    uint4* to = query + (thread >> 5) * 64 + (thread & 31);
+    to[0] = make_uint4(plain[0], plain[1], plain[2], plain[3]);
+    to[32] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
+  }
+};
 
 // (re, im) cos + (im, -re) sin: the plane turned back.
 __device__ __forceinline__ uint32_t turn_back(uint32_t q, uint32_t x, uint32_t cos_sin) {
@@ -81,18 +92,18 @@ __device__ __forceinline__ void rotated_quad(uint32_t (&a)[2][4], const uint4* q
   a[1][2] = turn_back(q.w, x.w, u.w), a[1][3] = turn_back(q.w, x.w, v.w);
 }
 
-// Starts the product of rows [16 Begin, 16 (Begin + Count)) of the absorb matrix.
+// Rows [16 Begin, 16 (Begin + Count)) of the absorb matrix, packed into both B fragments. (Both chains in flight at once
+// need 3 % more instructions and take as long.)
 template <class Cf, int Begin, int Count>
-__device__ __forceinline__ void start_chain(float (&acc)[8 * Count], const uint32_t (&a)[Cf::D / 16][4], uint64_t image) {
+__device__ __forceinline__ void absorb_chain(uint32_t (&b)[2][2 * (Cf::GK + 1)], const uint32_t (&a)[Cf::D / 16][4],
+                                             uint64_t image) {
+  float acc[8 * Count];
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Cf::D / 16; ++k)
     wgmma_f16(acc, a[k], image + Begin * 128 + (k >> 2) * (Cf::kRows * 8) + (k & 3) * 2, k > 0);
   wgmma_commit();
-}
-
-// Packs a finished product into both B fragments.
-template <class Cf, int Begin, int Count>
-__device__ __forceinline__ void pack_chain(uint32_t (&b)[2][2 * (Cf::GK + 1)], const float (&acc)[8 * Count]) {
+  wgmma_wait<0>();
 #pragma unroll
   for (int j = 0; j < Count; ++j)
 #pragma unroll
@@ -117,20 +128,8 @@ __device__ __forceinline__ void absorb(uint32_t (&b)[2][2 * (Cf::GK + 1)], const
   }
   constexpr int blocks = Cf::GK + 1, first = blocks > 4 ? (blocks + 1) / 2 : blocks;
   static_assert(first <= 5);
-  float acc[8 * first];
-  wgmma_fence();
-  start_chain<Cf, 0, first>(acc, a, image);
-  if constexpr (first < blocks) {
-    float more[8 * (blocks - first)];
-    start_chain<Cf, first, blocks - first>(more, a, image);
-    wgmma_wait<1>();
-    pack_chain<Cf, 0, first>(b, acc);
-    wgmma_wait<0>();
-    pack_chain<Cf, first, blocks - first>(b, more);
-  } else {
-    wgmma_wait<0>();
-    pack_chain<Cf, 0, first>(b, acc);
-  }
+  absorb_chain<Cf, 0, first>(b, a, image);
+  if constexpr (first < blocks) absorb_chain<Cf, first, blocks - first>(b, a, image);
 }
 
 // Minus the zero-point terms of the scores of both fragments, in accumulator units: columns 2t, 2t + 1, twice. Computed from the

@@ -42,7 +42,6 @@ struct Config {
   static constexpr int kRecordRows = kOutRows + 4;          // then l, ls, lc, m
   static constexpr int kRecord = kRecordRows * C;           // floats of one partial result
   static constexpr int kQueryBytes = D / 32 * 1024;
-  static constexpr int kList = 512;                         // pieces of one request that a merge can list
   static_assert(kOutRows <= 128, "a merging thread holds one row");
   // Scratch of a warpgroup: the query, then the same bytes two halves of a record; an exchange and the work item.
   static constexpr int kRecordsBytes = 8 * kRecord > kQueryBytes ? 8 * kRecord : kQueryBytes;

@@ -35,35 +35,30 @@ __device__ __forceinline__ float lower_fields(const float* sums, int channel, in
   return sum;
 }
 
-// The value basis of the tiles that a warp writes, and the means of a lane's rows.
+// A lane's rows of the means: of the 16-row tiles warp, warp + 4.
 template <class Cf>
-struct OutputConstants {
-  static constexpr int kTiles = (Cf::D / 16 + 3) / 4;  // 16-row tiles of a warp; all of its loads are asked for at once
-  uint4 basis[kTiles][Cf::GV];
-  float mean[kTiles][2], sink[kTiles][2];
-  float factor;
+struct OutputMeans {
+  static constexpr int kTiles = (Cf::D / 16 + 3) / 4;
+  float mean[kTiles][2], sink[kTiles][2], factor;
 
-  __device__ __forceinline__ void load(const DecodeParams& p, int head, int warp, int lane) {
+  __device__ __forceinline__ OutputMeans(const DecodeParams& p, int head, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const int tile = min(warp + 4 * k, Cf::D / 16 - 1);
-      const uint4* from = p.value_basis + static_cast<int64_t>(head * (Cf::D / 16) + tile) * Cf::GV * 32 + lane;
-      const float* means = p.value_mean + head * 2 * Cf::D + 16 * tile + (lane >> 2);
+      const float* from = p.value_mean + head * 2 * Cf::D + 16 * min(warp + 4 * k, Cf::D / 16 - 1) + (lane >> 2);
 #pragma unroll
-      for (int i = 0; i < Cf::GV; ++i) basis[k][i] = from[i * 32];
-#pragma unroll
-      for (int y = 0; y < 2; ++y) mean[k][y] = means[8 * y], sink[k][y] = means[Cf::D + 8 * y];
+      for (int y = 0; y < 2; ++y) mean[k][y] = from[8 * y], sink[k][y] = from[Cf::D + 8 * y];
     }
     factor = p.value_factor[head];
   }
 };
 
 // out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
-// `latent`: the merged record of the latent part; `exact`: two halves of the window's.
+// `latent`: the merged record of the latent part; `exact`: two halves of the window's; `basis`: A fragments
+// [head_dim / 16][groups][32]. All in shared memory.
 template <class Cf>
-__device__ __forceinline__ void write_output(const float* latent, const float* exact, const OutputConstants<Cf>& constants,
-                                             const DecodeParams& p, const Request& r, int head, int column0, int warp,
-                                             int lane) {
+__device__ __forceinline__ void write_output(const float* latent, const float* exact, const uint4* basis,
+                                             const OutputMeans<Cf>& means, const DecodeParams& p, const Request& r,
+                                             int head, int column0, int warp, int lane) {
   constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
   const int g = lane >> 2, t = lane & 3;
   const auto weights = [&](int column) {
@@ -106,19 +101,19 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
     if (2 * t + c >= C || row >= r.num_rows) to[c] = nullptr;
   }
 #pragma unroll
-  for (int k = 0; k < OutputConstants<Cf>::kTiles; ++k) {
+  for (int k = 0; k < OutputMeans<Cf>::kTiles; ++k) {
     const int tile = warp + 4 * k;
     if (tile >= D / 16) break;
     float o[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < GV; ++i) {
-      const uint4 a = constants.basis[k][i];
+      const uint4 a = basis[(tile * GV + i) * 32 + lane];
       mma_f16(o, a.x, a.y, a.z, a.w, b[i][0], b[i][1]);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int y = e >> 1, c = e & 1, dim = 16 * tile + g + 8 * y, at = dim * C + (2 * t + c) % C;
-      const float x = o[e] * constants.factor + mean_sum[c] * constants.mean[k][y] + sink_sum[c] * constants.sink[k][y] +
+      const float x = o[e] * means.factor + mean_sum[c] * means.mean[k][y] + sink_sum[c] * means.sink[k][y] +
                       exact_weight[c] * (exact[at] + exact[Cf::kRecord + at]);
       const uint16_t bits =
           p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
@@ -127,43 +122,58 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
   }
 }
 
+template <class Cf>
+struct FinishShared {
+  static constexpr int kScratch = kMergeChunk * Cf::C > 128 ? kMergeChunk * Cf::C : 128;
+  alignas(128) uint4 basis[Cf::D / 16 * Cf::GV * 32];
+  alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], scratch[kScratch];
+  uint64_t loaded;  // mbarrier of the basis
+  int pieces;
+  uint16_t list[kMaxPieces];
+};
+
 // Grid: virtual heads x requests; 128 threads. The latent kernel had waited for everything before it when it let this one
 // start, so the query and the window's pages are there; its own results are waited for as late as possible.
 template <class Cf>
 __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ DecodeParams p) {
-  alignas(16) __shared__ float latent[Cf::kRecord];
-  alignas(16) __shared__ float exact[2 * Cf::kRecord];
-  __shared__ float exchange[128];
-  __shared__ uint16_t list[Cf::kList];
-  __shared__ int pieces;
-  const int vh = blockIdx.x, request = blockIdx.y, head = vh / p.column_groups, column0 = vh % p.column_groups * Cf::C;
+  KQ_DYNAMIC_SHARED(shared);
+  FinishShared<Cf>& s = *reinterpret_cast<FinishShared<Cf>*>(shared);
+  constexpr int kBytes = sizeof(s.basis);
+  const uint32_t loaded = shared_u32(&s.loaded);
+  const int vh = blockIdx.x, request = blockIdx.y;
+  const int head = p.column_groups == 1 ? vh : vh / p.column_groups, column0 = (vh - head * p.column_groups) * Cf::C;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  if (thread == 0) {
+    mbarrier_init(loaded, 1);
+    proxy_fence();
+    mbarrier_expect(loaded, kBytes);
+    bulk_copy(shared_u32(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBytes / 16), kBytes, loaded);
+  }
   const Request r = p.requests[request];
+  const OutputMeans<Cf> means(p, head, warp, lane);
   const bool has_latent = r.first < r.last;
-  if (has_latent && warp == 0) {
+  if (has_latent && warp == 3) {  // the warp with the fewest tokens of the window
     const Cut cut{p.requests[p.num_requests].unit_begin, static_cast<int>(gridDim.x), p.num_ctas};
-    const int n = list_pieces<Cf>(list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
-    if (lane == 0) pieces = n;
+    const int n = list_pieces<Cf>(s.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
+    if (lane == 0) s.pieces = n;
   }
   if (r.num_rows > 0 && r.last < r.length) {
-    attend_window<Cf>(exact, exchange, p, r, request, head, column0, warp, lane);
+    attend_window<Cf>(s.exact, s.scratch, p, r, request, head, column0, warp, lane);
   } else {
-    for (int i = thread; i < 2 * Cf::kRecord; i += 128) exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
+    for (int i = thread; i < 2 * Cf::kRecord; i += 128) s.exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
     __syncthreads();
   }
-  OutputConstants<Cf> constants;
-  constants.load(p, head, warp, lane);
+  mbarrier_wait(loaded, 0);  // no copy may outlive the block
   grid_dependency_wait();
   grid_launch_dependents();
   if (r.num_rows == 0) return;
-  const int n = !has_latent ? 0 : pieces;
+  const int n = !has_latent ? 0 : s.pieces;
+  const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;
   const auto record = [&](int i) {
-    const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;
-    return n == 0 ? whole : p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord;
+    return n == 0 ? whole : p.partials + static_cast<int64_t>(s.list[i]) * Cf::kRecord;
   };
-  merge_records<Cf>(latent, record, !has_latent ? 0 : max(n, 1), thread);
-  __syncthreads();
-  write_output<Cf>(latent, exact, constants, p, r, head, column0, warp, lane);
+  merge_records<Cf>(s.latent, s.scratch, record, !has_latent ? 0 : max(n, 1), thread);
+  write_output<Cf>(s.latent, s.exact, s.basis, means, p, r, head, column0, warp, lane);
 }
 
 }  // namespace kqsvd::decode

@@ -18,6 +18,9 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
     if (cudaError_t e = cudaFuncSetAttribute(decode_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              Cf::kSharedBytes))
       return e;
+    if (cudaError_t e = cudaFuncSetAttribute(finish_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(sizeof(FinishShared<Cf>))))
+      return e;
     if (device < 64) prepared[device] = true;
   }
   cudaLaunchAttribute dependent{};
@@ -33,7 +36,7 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   if (cudaError_t e = cudaLaunchKernelEx(&config, decode_kernel<Cf>, params)) return e;
   config.gridDim = dim3(params.num_kv_heads * params.column_groups, params.num_requests);
   config.blockDim = dim3(128);
-  config.dynamicSmemBytes = 0;
+  config.dynamicSmemBytes = sizeof(FinishShared<Cf>);
   return cudaLaunchKernelEx(&config, finish_kernel<Cf>, params);
 }
 

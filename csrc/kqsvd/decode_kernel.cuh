@@ -13,6 +13,8 @@ namespace kqsvd::decode {
 struct Progress {
   Cut cut;
   int vh, begin, end, request;
+  int none;                          // value of `request` before the first one
+  int head, column0, key_exponent;  // of vh
 };
 
 // Where the record of the item goes: a request that this warpgroup serves alone has a place of its own.
@@ -27,37 +29,18 @@ __device__ __forceinline__ float* record_target(const DecodeParams& p, Scratch<C
   return p.partials + static_cast<int64_t>(slot) * Cf::kRecord;
 }
 
-// Next item of this warpgroup in its range; false at the end. Fills the shared work item.
-template <class Cf>
-__device__ __noinline__ bool next_item(const DecodeParams& p, Scratch<Cf> scratch, Progress* at, Item& item) {
-  const int thread = threadIdx.x & 127, warpgroup = threadIdx.x >> 7;
-  const int vh = at->vh, begin = at->begin, end = at->end;
-  int request = at->request;
-  Request r;
+// Finds the next request with latent tokens in this warpgroup's range, after `request`; false at the end.
+__device__ __forceinline__ bool find_item(const DecodeParams& p, const Progress* at, int grain, int& request, Request& r,
+                                          Item& item) {
+  const int begin = at->begin, end = at->end;
   for (;;) {
     if (++request >= p.num_requests) return false;
     r = p.requests[request];
     if (r.unit_begin >= end) return false;
     if (r.unit_end <= begin || r.unit_end == r.unit_begin) continue;
-    item = Item(r, begin, end, Cf::kGrain);
-    if (item.first < item.last) break;  // not where everything is in the window
+    item = Item(r, begin, end, grain);
+    if (item.first < item.last) return true;
   }
-  warpgroup_barrier(warpgroup);  // everyone is done with the previous item
-  if (thread % 32 == 0) at->request = request;
-  if (thread == 0) {
-    const int head = vh / p.column_groups;
-    const int visible_begin = p.sliding_window > 0 ? r.length - p.sliding_window : 0;
-    const int visible_end = min(r.last, r.p0 + 1);
-    *scratch.item() = WorkItem{r,
-                               head,
-                               vh % p.column_groups * Cf::C,
-                               visible_begin,
-                               p.soft_cap_log2 > 0.f ? 0 : max(visible_end - visible_begin - Cf::kSecondChunk - 31, 0),
-                               p.key_exponent[head]};
-  }
-  load_query<Cf>(scratch.query(), p, r, vh / p.column_groups, vh % p.column_groups * Cf::C, thread);
-  warpgroup_barrier(warpgroup);
-  return true;
 }
 
 // The latent part of one item: steps of absorb + slots.
@@ -109,9 +92,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   const SharedMap<Cf> map{shared};
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
   const uint32_t image_bar = shared_u32(map.image_bar());
-  const uint8_t* ring = map.ring(warp);
   const Scratch<Cf> scratch{map.scratch(warpgroup)};
-  SlotStream<Cf> stream{shared_u32(ring), 0, 0, {}};
+  SlotStream<Cf> stream{shared_u32(map.ring(warp)), 0, 0, {}};
   Progress* at = reinterpret_cast<Progress*>(map.ring(warp) + Cf::kWarpState + 32);
 
   if (lane < 2) mbarrier_init(stream.bar(lane), 1);
@@ -133,7 +115,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   if (thread == 0) load_head(loaded);
   if (lane == 0) {
     const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
-    *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0};
+    *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0, 0, 0, 0, 0};
   }
   __syncwarp();
 
@@ -155,7 +137,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     const int first = begin < end ? find_request(p.requests, p.num_requests, begin, lane) : p.num_requests;
     __syncwarp();  // every lane has read what lane 0 overwrites
     if (lane == 0) {
-      at->vh = vh, at->begin = begin, at->end = end, at->request = first - 1;
+      at->vh = vh, at->begin = begin, at->end = end, at->request = at->none = first - 1;
+      at->head = head, at->column0 = (vh - head * p.column_groups) * Cf::C, at->key_exponent = p.key_exponent[head];
       *stream.state(map.ring(warp)) = StreamState{head, begin, end, warp & 3, first, 0};
     }
     __syncwarp();
@@ -165,19 +148,47 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     grid_launch_dependents();  // the finishing blocks may be here early
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) stream.issue(p, i, i, i % Cf::kSlots == 0, lane);
-    Item item;
+    Softmax<Cf> acc;
+    acc.reset();
 #pragma unroll 1
-    while (next_item<Cf>(p, scratch, at, item)) {
+    for (;;) {
+      // Read again what follows from the thread's number, so that the main loop has the registers.
+      const int thread = thread_index(), lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
+      const Scratch<Cf> scratch{map.scratch(warpgroup)};
+      Progress* at = reinterpret_cast<Progress*>(map.ring(warp) + Cf::kWarpState + 32);
+      Request r;
+      Item item;
+      QueryPart<Cf> query;
+      int request = at->request;
+      const bool more = find_item(p, at, Cf::kGrain, request, r, item);
+      if (more) query.fetch(p, r.row, r.num_rows, at->head, at->column0, thread & 127);
+      if (at->request != at->none) {  // the item before
+        const Sums sums{
+            {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
+        const int g = lane >> 2;
+        merge_warps<Cf, Cf::GV, Cf::C == 4>(scratch.record(), scratch.exchange(), acc.o, sums,
+                                            [&](int i, int y) { return 16 * i + 8 * y + g; }, warp & 3, warpgroup, lane);
+        write_record<Cf>(record_target<Cf>(p, scratch, at), scratch.record(), thread & 127);
+      }
+      if (!more) break;
+      warpgroup_barrier(warpgroup);  // everyone is done with the item before
+      if (lane == 0) at->request = request;
+      if ((thread & 127) == 0) {
+        const int visible_begin = p.sliding_window > 0 ? r.length - p.sliding_window : 0;
+        const int visible_end = min(r.last, r.p0 + 1);
+        *scratch.item() = WorkItem{r,
+                                   at->head,
+                                   at->column0,
+                                   visible_begin,
+                                   p.soft_cap_log2 > 0.f ? 0 : max(visible_end - visible_begin - Cf::kSecondChunk - 31, 0),
+                                   at->key_exponent};
+      }
+      query.store(scratch.query(), p.is_bf16, thread & 127);
+      warpgroup_barrier(warpgroup);
       mbarrier_wait(image_bar, (loads - 1) & 1);
-      Softmax<Cf> acc;
       acc.reset();
-      attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_u32(map.image())), item, ring);
-      const Sums sums{
-          {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
-      const int g = lane >> 2;
-      merge_warps<Cf, Cf::GV, Cf::C == 4>(scratch.record(), scratch.exchange(), acc.o, sums,
-                                          [&](int i, int y) { return 16 * i + 8 * y + g; }, warp & 3, warpgroup, lane);
-      write_record<Cf>(record_target<Cf>(p, scratch, at), scratch.record(), threadIdx.x & 127);
+      attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_u32(map.image())), item,
+                        map.ring(warp));
     }
   }
   mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA

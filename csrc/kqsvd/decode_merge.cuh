@@ -117,7 +117,10 @@ __device__ __forceinline__ int piece_slot(const Cut& cut, int max_phases, int ct
   return ((cta * Cf::kWarpgroups + part) * max_phases + head - cut.first_head(cta)) * 2 + (begin > unit_begin ? 0 : 1);
 }
 
-// Lists the pieces of a request that several warpgroups share, in the order of its positions; returns how many. One warp.
+constexpr int kMaxPieces = 512;  // of a request: the warpgroups of a grid are fewer
+
+// Lists the pieces of a request that several warpgroups share, in the order of its positions; returns how many,
+// or 0 where one warpgroup has all of it. One warp.
 template <class Cf>
 __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int max_phases, int head, int unit_begin,
                                            int unit_end, int lane) {
@@ -141,58 +144,72 @@ __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int m
   return n;
 }
 
-// Sum of `n` records of one request, record(i) in global memory, into `sum` in shared memory. 128 threads, a row each;
-// the rows and the maxima of several records are asked for at once. Ends without a barrier.
+// Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. 128 threads, a row each,
+// with the rows of kAhead records on their way at once. `weights`: shared, kMergeChunk * C floats. Ends with a barrier.
+constexpr int kMergeChunk = 64;
 template <class Cf, class Record>
-__device__ __forceinline__ void merge_records(float* sum, Record record, int n, int thread) {
-  constexpr int C = Cf::C, kAhead = C == 4 ? 8 : 4;
-  const int row = min(thread, Cf::kOutRows - 1), stat = Cf::kOutRows * C + thread % (3 * C);
+__device__ __forceinline__ void merge_records(float* sum, float* weights, Record record, int n, int thread) {
+  constexpr int C = Cf::C, kAhead = 64 / C, kMax = (Cf::kOutRows + 3) * C;
+  const int row = min(thread, Cf::kOutRows - 1), stat = Cf::kOutRows * C + thread, lane = thread & 31;
+  const bool has_stat = thread < 3 * C;
   float top[C], acc[C] = {}, stats = 0.f;
 #pragma unroll
   for (int c = 0; c < C; ++c) top[c] = kEmptyMax;
 #pragma unroll 1
   for (int start = 0; start < n; start += kAhead) {
-    float x[kAhead][C], m[kAhead][C], y[kAhead];
+    float x[kAhead][C], y[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (start + j >= n) {
+      const float* from = record(min(start + j, n - 1));
 #pragma unroll
-        for (int c = 0; c < C; ++c) x[j][c] = 0.f, m[j][c] = kEmptyMax;
-        y[j] = 0.f;
-        continue;
-      }
-      const float* from = record(start + j);
-#pragma unroll
-      for (int c = 0; c < C; c += 4) {
+      for (int c = 0; c < C; c += 4)
         *reinterpret_cast<float4*>(x[j] + c) = __ldcg(reinterpret_cast<const float4*>(from + row * C + c));
-        *reinterpret_cast<float4*>(m[j] + c) =
-            __ldcg(reinterpret_cast<const float4*>(from + (Cf::kOutRows + 3) * C + c));
+      y[j] = has_stat ? __ldcg(from + stat) : 0.f;
+    }
+    if (start % kMergeChunk == 0) {  // weights of this chunk; every warp finds the maxima for itself
+      const int count = min(n - start, kMergeChunk);
+      float m[2][C];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int c = 0; c < C; c += 4) {
+          float4 v = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
+          if (lane + 32 * h < count) v = __ldcg(reinterpret_cast<const float4*>(record(start + lane + 32 * h) + kMax + c));
+          m[h][c] = v.x, m[h][c + 1] = v.y, m[h][c + 2] = v.z, m[h][c + 3] = v.w;
+        }
+      if (start > 0) __syncthreads();  // the weights before are used up
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float high = fmaxf(top[c], fmaxf(m[0][c], m[1][c]));
+#pragma unroll
+        for (int d = 1; d < 32; d <<= 1) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
+        const float keep = exp2_fast(top[c] - high);
+        top[c] = high;
+        acc[c] *= keep;
+        if (thread % C == c) stats *= keep;
+        if (thread < 32) {
+          weights[lane * C + c] = exp2_fast(m[0][c] - high);
+          weights[(lane + 32) * C + c] = exp2_fast(m[1][c] - high);
+        }
       }
-      y[j] = __ldcg(from + stat);
+      __syncthreads();
     }
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      float high = top[c];
+    for (int j = 0; j < kAhead; ++j) {
+      if (start + j >= n) break;
+      const float* w = weights + (start % kMergeChunk + j) * C;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) high = fmaxf(high, m[j][c]);
-      const float keep = exp2_fast(top[c] - high);
-      top[c] = high;
-      acc[c] *= keep;
-      if (thread % C == c) stats *= keep;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const float weight = exp2_fast(m[j][c] - high);
-        acc[c] += weight * x[j][c];
-        if (thread % C == c) stats += weight * y[j];
-      }
+      for (int c = 0; c < C; ++c) acc[c] += w[c] * x[j][c];
+      stats += w[thread % C] * y[j];
     }
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (thread < Cf::kOutRows) sum[thread * C + c] = acc[c];
-    if (thread == 0) sum[(Cf::kOutRows + 3) * C + c] = top[c];
+    if (thread == 0) sum[kMax + c] = top[c];
   }
-  if (thread < 3 * C) sum[stat] = stats;
+  if (has_stat) sum[stat] = stats;
+  __syncthreads();
 }
 
 }  // namespace kqsvd::decode

@@ -30,6 +30,6 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
   run(schedule_kernel<64>, s, dim3(1), 64, 0);
   const int heads = p->num_kv_heads * p->column_groups;
   run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
-  run(finish_kernel<Cf>, *p, dim3(heads, p->num_requests), 128, 0);
+  run(finish_kernel<Cf>, *p, dim3(heads, p->num_requests), 128, sizeof(FinishShared<Cf>));
 }
 }

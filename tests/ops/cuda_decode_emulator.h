@@ -123,6 +123,7 @@ inline void warpgroup_barrier(int warpgroup) {
   emulator::rendezvous(warpgroups[warpgroup].arrived, warpgroups[warpgroup].generation, 128);
 }
 inline void __threadfence() {}
+inline int thread_index() { return threadIdx.x; }
 inline void grid_dependency_wait() {}
 inline void grid_launch_dependents() {}
 
