@@ -21,54 +21,61 @@ __device__ __forceinline__ float float_of(uint16_t bits, int is_bf16) {
   return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
 }
 
-// What one thread of a warpgroup carries from the query in global memory to shared memory: four planes of one column. Two
-// steps, so that the way from global memory overlaps with the end of the item before.
-template <class Cf>
+// A thread's part of the way of a query from global to shared memory: four planes of one column, (re, im) pairs of 16 bits.
+// Asked for while the item before is finished, used when its own item begins; in `parts` (shared, one per thread).
 struct QueryPart {
-  uint32_t re[2], im[2];  // 16-bit pairs
-
-  // Columns are row * heads_per_kv + query head; those without a row are 0.
-  __device__ __forceinline__ void fetch(const DecodeParams& p, int first_row, int num_rows, int head, int column0,
-                                        int thread) {
-    re[0] = re[1] = im[0] = im[1] = 0;
-    const int k = thread >> 5, lane = thread & 31, plane = 16 * k + 4 * (lane & 3);
-    int row = 0, query_head = column0 + (lane >> 2) % Cf::C;
-    for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
-    if (thread >= Cf::D || row >= num_rows) return;
-    const uint16_t* from = static_cast<const uint16_t*>(p.query) + (first_row + row) * p.query_token_stride +
-                           (head * p.heads_per_kv + query_head) * p.query_head_stride;
-    if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
-      const uint2 a = *reinterpret_cast<const uint2*>(from + plane);
-      const uint2 b = *reinterpret_cast<const uint2*>(from + plane + Cf::D / 2);
-      re[0] = a.x, re[1] = a.y, im[0] = b.x, im[1] = b.y;
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        int at_re, at_im;
-        plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, at_re, at_im);
-        re[e >> 1] |= static_cast<uint32_t>(from[at_re]) << 16 * (e & 1);
-        im[e >> 1] |= static_cast<uint32_t>(from[at_im]) << 16 * (e & 1);
-      }
-    }
-  }
-
-  // As a lane rotates them: for each quad of planes the words (re, im) and, 32 vectors further, (im, -re). Lane (g, t)
-  // holds planes 16 k + 4 t .. + 3 of column g mod C.
-  __device__ __forceinline__ void store(uint4* query, int is_bf16, int thread) const {
-    if (thread >= Cf::D) return;
-    uint32_t plain[4], turned[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float a = float_of(static_cast<uint16_t>(re[e >> 1] >> 16 * (e & 1)), is_bf16);
-      const float b = float_of(static_cast<uint16_t>(im[e >> 1] >> 16 * (e & 1)), is_bf16);
-      plain[e] = pack_f16(a, b);
-      turned[e] = pack_f16(b, -a);
-    }
-    uint4* to = query + (thread >> 5) * 64 + (thread & 31);
-    to[0] = make_uint4(plain[0], plain[1], plain[2], plain[3]);
-    to[32] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
-  }
+  uint2 re, im;
 };
+
+// Columns are row * heads_per_kv + query head; those without a row are 0.
+template <class Cf>
+__device__ __forceinline__ void fetch_query(QueryPart* parts, const DecodeParams& p, int first_row, int num_rows, int head,
+                                            int column0, int thread) {
+  if (thread >= Cf::D) return;
+  const int plane = 16 * (thread >> 5) + 4 * (thread & 3);
+  QueryPart* part = parts + thread;
+  int row = 0, query_head = column0 + (thread >> 2 & 7) % Cf::C;
+  for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
+  if (row >= num_rows) {
+    *part = QueryPart{{0, 0}, {0, 0}};
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(p.query) + (first_row + row) * p.query_token_stride +
+                         (head * p.heads_per_kv + query_head) * p.query_head_stride;
+  if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
+    copy_async(shared_u32(&part->re), from + plane);
+    copy_async(shared_u32(&part->im), from + plane + Cf::D / 2);
+  } else {
+    uint16_t* to = reinterpret_cast<uint16_t*>(part);
+#pragma unroll 1
+    for (int e = 0; e < 4; ++e) {
+      int re, im;
+      plane_dims(plane + e, p.rotary_dim, p.rotary_interleaved, re, im);
+      to[e] = from[re], to[4 + e] = from[im];
+    }
+  }
+}
+
+// What fetch_query brought, as a lane rotates it: for each quad of planes the words (re, im) and, 32 vectors further,
+// (im, -re). Lane (g, t) holds planes 16 k + 4 t .. + 3 of column g mod C.
+template <class Cf>
+__device__ __forceinline__ void store_query(uint4* query, const QueryPart* parts, int is_bf16, int thread) {
+  copies_wait();
+  if (thread >= Cf::D) return;
+  const QueryPart part = parts[thread];
+  const uint32_t re[2] = {part.re.x, part.re.y}, im[2] = {part.im.x, part.im.y};
+  uint32_t plain[4], turned[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const float a = float_of(static_cast<uint16_t>(re[e >> 1] >> 16 * (e & 1)), is_bf16);
+    const float b = float_of(static_cast<uint16_t>(im[e >> 1] >> 16 * (e & 1)), is_bf16);
+    plain[e] = pack_f16(a, b);
+    turned[e] = pack_f16(b, -a);
+  }
+  uint4* to = query + (thread >> 5) * 64 + (thread & 31);
+  to[0] = make_uint4(plain[0], plain[1], plain[2], plain[3]);
+  to[32] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
+}
 
 // (re, im) cos + (im, -re) sin: the plane turned back.
 __device__ __forceinline__ uint32_t turn_back(uint32_t q, uint32_t x, uint32_t cos_sin) {

@@ -43,10 +43,12 @@ struct Config {
   static constexpr int kRecord = kRecordRows * C;           // floats of one partial result
   static constexpr int kQueryBytes = D / 32 * 1024;
   static_assert(kOutRows <= 128, "a merging thread holds one row");
-  // Scratch of a warpgroup: the query, then the same bytes two halves of a record; an exchange and the work item.
+  // Scratch of a warpgroup: the query, then the same bytes two halves of a record; an exchange, the work item and
+  // the query of the next item on its way.
   static constexpr int kRecordsBytes = 8 * kRecord > kQueryBytes ? 8 * kRecord : kQueryBytes;
   static constexpr int kExchange = kRecordsBytes;
-  static constexpr int kScratchBytes = (kExchange + 640 + 127) / 128 * 128;
+  static constexpr int kNextQuery = (kExchange + 640 + 127) / 128 * 128;
+  static constexpr int kScratchBytes = kNextQuery + 16 * D;
 
   // Of one warp: ring, rope rows, two mbarriers, stream state and progress, sources of odd tiles.
   static constexpr int kWarpState = kStages * kSlotBytes + kRopeStages * kRopeBytes + 16;

@@ -43,6 +43,15 @@ __device__ __forceinline__ bool find_item(const DecodeParams& p, const Progress*
   }
 }
 
+// Asks for the exact positions of a request, which the finishing block reads later, to be brought into L2. One warp.
+__device__ __forceinline__ void prefetch_window(const DecodeParams& p, const Request& r, int request, int head, int lane) {
+  const int size = p.window_block_size, block = r.last / size + lane;
+  if (block * size >= r.length) return;
+  const int page = p.window_table[request * p.window_table_stride + block];
+  const uint16_t* at = static_cast<const uint16_t*>(p.window_pages) + page * p.window_block_stride + head * p.window_head_stride;
+  bulk_prefetch(at, static_cast<uint32_t>(size * p.window_token_stride * 2));
+}
+
 // The latent part of one item: steps of absorb + slots.
 template <class Cf>
 __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& stream, const DecodeParams& p,
@@ -158,10 +167,10 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       Progress* at = reinterpret_cast<Progress*>(map.ring(warp) + Cf::kWarpState + 32);
       Request r;
       Item item;
-      QueryPart<Cf> query;
       int request = at->request;
       const bool more = find_item(p, at, Cf::kGrain, request, r, item);
-      if (more) query.fetch(p, r.row, r.num_rows, at->head, at->column0, thread & 127);
+      if (more) fetch_query<Cf>(scratch.next_query(), p, r.row, r.num_rows, at->head, at->column0, thread & 127);
+      if (p.prefetch_window && more && r.unit_end <= at->end && (warp & 3) == 3) prefetch_window(p, r, request, at->head, lane);
       if (at->request != at->none) {  // the item before
         const Sums sums{
             {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
@@ -183,7 +192,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
                                    p.soft_cap_log2 > 0.f ? 0 : max(visible_end - visible_begin - Cf::kSecondChunk - 31, 0),
                                    at->key_exponent};
       }
-      query.store(scratch.query(), p.is_bf16, thread & 127);
+      store_query<Cf>(scratch.query(), scratch.next_query(), p.is_bf16, thread & 127);
       warpgroup_barrier(warpgroup);
       mbarrier_wait(image_bar, (loads - 1) & 1);
       acc.reset();

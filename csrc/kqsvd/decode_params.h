@@ -42,6 +42,7 @@ struct DecodeParams {
   const int* window_table;
   int64_t window_table_stride;
   int window_block_size;
+  int prefetch_window;  // whether all windows of the step stay in L2 until they are read
   const Request* requests;
   int num_requests;
 

@@ -76,6 +76,7 @@ struct Scratch {
   __device__ uint4* query() const { return reinterpret_cast<uint4*>(base); }    // while scores are computed
   __device__ float* record() const { return reinterpret_cast<float*>(base); }   // while results are merged
   __device__ float* exchange() const { return reinterpret_cast<float*>(base + Cf::kExchange); }
+  __device__ QueryPart* next_query() const { return reinterpret_cast<QueryPart*>(base + Cf::kNextQuery); }
   __device__ WorkItem* item() const { return reinterpret_cast<WorkItem*>(base + Cf::kExchange + 544); }
 };
 

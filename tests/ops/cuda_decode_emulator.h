@@ -118,6 +118,12 @@ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint3
   std::memset(to, 0xff, bytes);  // NaN, largest codes and scales
   copies.push_back(Copy{to, static_cast<const uint8_t*>(global), bytes, bar});
 }
+inline void bulk_copy_once(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar) {
+  bulk_copy(shared, global, bytes, bar);
+}
+inline void copy_async(uint32_t shared, const void* global) { memcpy(dynamic_shared + shared, global, 8); }
+inline void copies_wait() {}
+inline void bulk_prefetch(const void*, uint32_t) {}
 inline void proxy_fence() {}
 inline void warpgroup_barrier(int warpgroup) {
   emulator::rendezvous(warpgroups[warpgroup].arrived, warpgroups[warpgroup].generation, 128);

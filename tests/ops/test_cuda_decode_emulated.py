@@ -40,7 +40,7 @@ class DecodeParams(ctypes.Structure):
     _fields_ = [("query", P), ("query_strides", I64 * 2), ("out", P), ("out_strides", I64 * 2)]
     _fields_ += [("pages", P), ("page_stride", I64), ("block_table", P), ("block_table_stride", I64)]
     _fields_ += [("block_size", I32), ("window_pages", P), ("window_strides", I64 * 3), ("window_table", P)]
-    _fields_ += [("window_table_stride", I64), ("window_block_size", I32), ("requests", P), ("num_requests", I32)]
+    _fields_ += [("window_table_stride", I64), ("window_block_size", I32), ("prefetch_window", I32), ("requests", P), ("num_requests", I32)]
     _fields_ += [(n, P) for n in ("key_image", "mean_tile", "sink_rows", "rope_table")]
     _fields_ += [("rope_table_moves", I32)]
     _fields_ += [(n, P) for n in ("key_exponent", "value_basis", "value_mean", "value_factor")]
@@ -100,6 +100,7 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     p.window_block_size = 1
     if case.window:
         window = t["window_pages"]
+        p.prefetch_window = True
         p.window_pages, p.window_block_size = window.data_ptr(), window.shape[2]
         p.window_strides = (I64 * 3)(*window.stride()[:3])
         p.window_table, p.window_table_stride = step.window_block_table.data_ptr(), step.window_block_table.stride(0)
