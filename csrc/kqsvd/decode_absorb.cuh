@@ -22,7 +22,8 @@ __device__ __forceinline__ float float_of(uint16_t bits, int is_bf16) {
 }
 
 // A thread's part of the way of a query from global to shared memory: four planes of one column, (re, im) pairs of 16 bits.
-// Asked for while the item before is finished, used when its own item begins; in `parts` (shared, one per thread).
+// Asked for while the item before is finished, used when its own item begins; in shared memory. Lanes of columns that
+// repeat (4 columns of 8) have none.
 struct QueryPart {
   uint2 re, im;
 };
@@ -31,10 +32,10 @@ struct QueryPart {
 template <class Cf>
 __device__ __forceinline__ void fetch_query(QueryPart* parts, const DecodeParams& p, int first_row, int num_rows, int head,
                                             int column0, int thread) {
-  if (thread >= Cf::D) return;
-  const int plane = 16 * (thread >> 5) + 4 * (thread & 3);
-  QueryPart* part = parts + thread;
-  int row = 0, query_head = column0 + (thread >> 2 & 7) % Cf::C;
+  const int k = thread >> 5, lane = thread & 31, plane = 16 * k + 4 * (lane & 3);
+  if (thread >= Cf::D || lane >= 4 * Cf::C) return;
+  QueryPart* part = parts + k * 4 * Cf::C + lane;
+  int row = 0, query_head = column0 + (lane >> 2);
   for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
   if (row >= num_rows) {
     *part = QueryPart{{0, 0}, {0, 0}};
@@ -61,8 +62,9 @@ __device__ __forceinline__ void fetch_query(QueryPart* parts, const DecodeParams
 template <class Cf>
 __device__ __forceinline__ void store_query(uint4* query, const QueryPart* parts, int is_bf16, int thread) {
   copies_wait();
-  if (thread >= Cf::D) return;
-  const QueryPart part = parts[thread];
+  const int k = thread >> 5, lane = thread & 31;
+  if (thread >= Cf::D || lane >= 4 * Cf::C) return;
+  const QueryPart part = parts[k * 4 * Cf::C + lane];
   const uint32_t re[2] = {part.re.x, part.re.y}, im[2] = {part.im.x, part.im.y};
   uint32_t plain[4], turned[4];
 #pragma unroll
@@ -72,9 +74,11 @@ __device__ __forceinline__ void store_query(uint4* query, const QueryPart* parts
     plain[e] = pack_f16(a, b);
     turned[e] = pack_f16(b, -a);
   }
-  uint4* to = query + (thread >> 5) * 64 + (thread & 31);
-  to[0] = make_uint4(plain[0], plain[1], plain[2], plain[3]);
-  to[32] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
+#pragma unroll
+  for (int i = lane; i < 32; i += 4 * Cf::C) {
+    query[k * 64 + i] = make_uint4(plain[0], plain[1], plain[2], plain[3]);
+    query[k * 64 + 32 + i] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
+  }
 }
 
 // (re, im) cos + (im, -re) sin: the plane turned back.

@@ -48,7 +48,7 @@ struct Config {
   static constexpr int kRecordsBytes = 8 * kRecord > kQueryBytes ? 8 * kRecord : kQueryBytes;
   static constexpr int kExchange = kRecordsBytes;
   static constexpr int kNextQuery = (kExchange + 640 + 127) / 128 * 128;
-  static constexpr int kScratchBytes = kNextQuery + 16 * D;
+  static constexpr int kScratchBytes = kNextQuery + 2 * D * C;
 
   // Of one warp: ring, rope rows, two mbarriers, stream state and progress, sources of odd tiles.
   static constexpr int kWarpState = kStages * kSlotBytes + kRopeStages * kRopeBytes + 16;
