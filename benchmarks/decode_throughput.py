@@ -4,8 +4,9 @@
     python -m benchmarks.decode_throughput --arms auto fp8 kqsvd-4 kqsvd-2.5 --requests 192 [--output CSV]
 
 Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
-decodes `--output-len` more. Filling the new requests' blocks is inside the measured time (the connector's
-`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards). Each arm runs in a
+decodes `--output-len` more. `tok_s` has the filling of the new requests' blocks in its time (the connector's
+`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards), which no server does: for
+`decode_tok_s` the same requests also run for one token each, and that time is taken off. Each arm runs in a
 process of its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random
 (`--load-format dummy`): speed depends on shapes alone.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 
 COLUMNS = (
     "date device versions command model format bits tensor_parallel input_len output_len requests kv_tokens tok_s "
-    "ttft_p50 ttft_p99 tpot_p50 tpot_p99 start_s"
+    "ttft_p50 ttft_p99 tpot_p50 tpot_p99 start_s decode_tok_s"
 ).split()
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
 BITS = {"auto": 16.0, "fp8": 8.0}
@@ -74,13 +75,23 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
         for _ in range(options.requests)
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
+    one = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0, detokenize=False)
+    start = time.perf_counter()
+    llm.generate(prompts, one, use_tqdm=False)
+    filling = time.perf_counter() - start
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     produced = sum(len(o.outputs[0].token_ids) for o in outputs)
     cache = config.cache_config
     tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
-    return {"tok_s": round(produced / seconds, 1), "kv_tokens": tokens, "start_s": round(ready, 1)}
+    decoded = (produced - len(outputs)) / (seconds - filling)
+    return {
+        "tok_s": round(produced / seconds, 1),
+        "decode_tok_s": round(decoded, 1),
+        "kv_tokens": tokens,
+        "start_s": round(ready, 1),
+    }
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, requests: int) -> None:
