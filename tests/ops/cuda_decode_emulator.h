@@ -32,24 +32,7 @@ T __shfl_up_sync(unsigned, T value, int by) {
   const int lane = emulator::my_lane();
   return emulated_shuffle(value, lane >= by ? lane - by : lane);
 }
-inline unsigned __ballot_sync(unsigned, bool x) {
-  emulator::Warp& w = emulator::my_warp();
-  w.lane_data[emulator::my_lane()][0] = x;
-  emulator::sync_warp();
-  unsigned all = 0;
-  for (int i = 0; i < 32; ++i) all |= (w.lane_data[i][0] & 1u) << i;
-  emulator::sync_warp();
-  return all;
-}
-inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
-inline void __syncwarp() { emulator::sync_warp(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = uint64_t{y} << 32 | x;
-  unsigned out = 0;
-  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  return out;
-}
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {  // the product is exact in float
   const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
