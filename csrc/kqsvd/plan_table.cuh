@@ -33,25 +33,36 @@ struct PlanView {
   __device__ PlaneView plane(int i) const { return {data + kPlanHeader + i * kPlaneInts}; }
 };
 
-// Columns 2t (low 16 bits) and 2t + 1 of one token in a plane: 16 bits each in a full plane, 8 bits in a half plane.
-// `words[kStride * group]` are the token's code words of this t.
-template <int kStride>
-__device__ __forceinline__ uint32_t gather_plane(const int4& head, const int* entries, const uint32_t* words) {
+// Code words of one group and t, for kTokens tokens.
+template <int kTokens>
+struct alignas(4 * kTokens) CodeWords {
+  uint32_t of[kTokens];
+};
+
+// Columns 2t (low 16 bits) and 2t + 1 of kTokens tokens in a plane: 16 bits each in a full plane, 8 bits in a half
+// plane. `words[kStride * group]` are the tokens' code words of this t.
+template <int kStride, int kTokens>
+__device__ __forceinline__ CodeWords<kTokens> gather_plane(const int4& head, const int* entries,
+                                                           const CodeWords<kTokens>* words) {
   const int bits = head.x & 255, count = head.x >> 16, step = head.x & 256 ? 2 * bits : bits;
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
-  uint32_t out = 0;
+  CodeWords<kTokens> out{};
   int at = 0;
 #pragma unroll 1
   for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
     const int2 e = *reinterpret_cast<const int2*>(entries + i);
-    uint32_t a = (words[kStride * (e.x & 255)] >> (e.x >> 8)) & mask;
-    uint32_t b = (words[kStride * (e.y & 255)] >> (e.y >> 8)) & mask;
-    if (head.x & 256) {
-      a = (a | a >> (8 - bits)) & 0x00ff00ffu;
-      b = (b | b >> (8 - bits)) & 0x00ff00ffu;
+    const CodeWords<kTokens> left = words[kStride * (e.x & 255)], right = words[kStride * (e.y & 255)];
+    const bool both = i + 1 < count;
+#pragma unroll
+    for (int y = 0; y < kTokens; ++y) {
+      uint32_t a = (left.of[y] >> (e.x >> 8)) & mask;
+      uint32_t b = (right.of[y] >> (e.y >> 8)) & mask;
+      if (head.x & 256) {
+        a = (a | a >> (8 - bits)) & 0x00ff00ffu;
+        b = (b | b >> (8 - bits)) & 0x00ff00ffu;
+      }
+      out.of[y] |= a << at | (both ? b << (at + step) : 0u);
     }
-    out |= a << at;
-    if (i + 1 < count) out |= b << (at + step);
     at += 2 * step;
   }
   return out;

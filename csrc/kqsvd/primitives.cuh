@@ -72,7 +72,11 @@ __device__ __forceinline__ TurnRows turn_rows(int block, int t, const RopeTurn& 
           rope.table + (kTurnRows + (block >> kFineBits)) * row4 + 2 * t, block >> kFineBits != 0};
 }
 
-// (cos, sin) of the 4 pairs of a chunk.
+// (cos, sin) of the 4 pairs of a chunk; load_near_turn: of blocks in the first coarse row.
+__device__ __forceinline__ void load_near_turn(float4 (&turn)[2], const TurnRows& rows, int at) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) turn[i] = __ldg(rows.fine + at + i);
+}
 __device__ __forceinline__ void load_turn(float4 (&turn)[2], const TurnRows& rows, int at) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

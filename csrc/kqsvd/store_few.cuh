@@ -11,7 +11,7 @@ namespace kqsvd {
 template <int kSteps>
 struct StoreFewShared {
   alignas(16) uint32_t operand[2][kSteps][32][4];  // A fragments: high and low terms
-  uint32_t codes[kMaxGroups][2][32];               // words of lane 4 g + t for tokens g and g + 8
+  uint32_t codes[2][kMaxGroups][32];               // words of lane 4 g + t for tokens g and g + 8
   float2 partial[kMaxGroups][kTile];               // sum and peak of the token scale
   int64_t page[kTile];                             // byte offset of the token's tile, -1: not stored
   int token[kTile], mean_row[kTile];
@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
     for (int y = 0; y < 2; ++y) {
       const float mine = __shfl_sync(0xffffffffu, inverse, g + 8 * y);
       const uint32_t word = quantize_word(u[0], u[1], y, mine, plan.width(group));
-      if (warp < groups) s.codes[warp][y][lane] = word;
+      if (warp < groups) s.codes[y][warp][lane] = word;
     }
   }
   __syncthreads();
@@ -181,8 +181,9 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
     const PlaneView plane = plan.plane(i >> 1);
     const int4 header = *reinterpret_cast<const int4*>(plane.data);
     if (page < 0) continue;
-    const uint32_t bytes = gather_plane<64>(header, plane.data + 4, &s.codes[0][y][lane]);
-    write_columns(p.pages + page + header.y, is_value, header.x & 256, token, t, bytes);
+    const auto* words = reinterpret_cast<const CodeWords<1>*>(&s.codes[y][0][lane]);
+    const CodeWords<1> bytes = gather_plane<32>(header, plane.data + 4, words);
+    write_columns(p.pages + page + header.y, is_value, header.x & 256, token, t, bytes.of[0]);
   }
 }
 

@@ -37,7 +37,18 @@ __host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps,
   return l;
 }
 
-template <typename T, int kSteps, bool kShared, bool kSplit>
+// What is known of a row when the kernel is compiled: nothing, or that it has 16 kSteps elements and is not rotated
+// (kStraight) or rotated as a whole in pairs half a row apart (kHalves). Then chunks lie at constant distances.
+enum class Rows { kAny, kStraight, kHalves };
+
+template <Rows kRows, int kSteps>
+__device__ __forceinline__ Chunk chunk_at(int index, const RopeTurn& rope) {
+  if constexpr (kRows == Rows::kStraight) return {8 * index, 8 * index + 4, false};
+  if constexpr (kRows == Rows::kHalves) return {4 * index, 4 * index + 8 * kSteps, true};
+  return chunk_of(index, rope);
+}
+
+template <typename T, int kSteps, bool kShared, bool kSplit, Rows kRows>
 __device__ __forceinline__ void store_many_side(const StoreParams& p, const StoreSide& side, bool is_value, int first,
                                                 int ctas) {
   constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps), kPairs = kWarps / kColumns;
@@ -46,11 +57,12 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
   const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
   const int groups = side.groups, rank = groups * kGroup, period = side.period;
-  const StoreManyLayout l = store_many_layout(p.dim, kSteps, groups, period, kShared);
+  const int dim = kRows == Rows::kAny ? p.dim : 16 * kSteps;
+  const StoreManyLayout l = store_many_layout(dim, kSteps, groups, period, kShared);
 
   const uint4* encode = side.encode + int64_t(head) * groups * kSteps * 64;
   const float* global_means = side.latent_mean + int64_t(head) * 2 * period * rank;
-  const float* classes = side.class_vector + int64_t(head) * period * p.dim;
+  const float* classes = side.class_vector + int64_t(head) * period * dim;
   const float* means = global_means;
   float* weights = reinterpret_cast<float*>(memory + l.weight);
   int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
@@ -60,8 +72,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       const int row = 4 * i / rank, c = 4 * i - row * rank;
       copy_async_16(memory + l.mean + 4 * (row * l.mean_stride + c), means + 4 * i);
     }
-    for (int i = tid; i < period * p.dim / 4; i += blockDim.x) {
-      const int row = 4 * i / p.dim, c = 4 * i - row * p.dim;
+    for (int i = tid; i < period * dim / 4; i += blockDim.x) {
+      const int row = 4 * i / dim, c = 4 * i - row * dim;
       copy_async_16(memory + l.classes + 4 * (row * l.class_stride + c), classes + 4 * i);
     }
     encode = reinterpret_cast<const uint4*>(memory + l.encode);
@@ -80,10 +92,11 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   for (int c = 0; lane < groups && c < kGroup; ++c) guards |= weights[2 * (kGroup * lane + c) + 1] > 0.f;
   const uint32_t guarded = __ballot_sync(0xffffffffu, guards);
   const T* x = static_cast<const T*>(side.x) + head * side.head_stride;
-  uint32_t* codes = reinterpret_cast<uint32_t*>(memory + l.codes) + pair * kColumns * kWarpGroups * 64 + lane;
+  auto* codes = reinterpret_cast<CodeWords<2>*>(memory + l.codes) + pair * kColumns * kWarpGroups * 32 + lane;
   float2* partial = reinterpret_cast<float2*>(memory + l.partial) + pair * kColumns * kTile;
   RopeTurn rope = p.rope;
-  if (!side.rotate) rope.rotary_dim = 0;
+  if (kRows == Rows::kStraight || !side.rotate) rope.rotary_dim = 0;
+  if constexpr (kRows == Rows::kHalves) rope.rotary_dim = dim, rope.interleaved = false;
   const int num_tiles = (p.num_tokens + kTile - 1) / kTile, stride = ctas * kPairs;
 
   StoreRow next = place_row(p, side, head, (first + pair * ctas) * kTile + (lane & 15), is_value);
@@ -114,9 +127,9 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int index = 4 * c + t;
-        const Chunk chunk = chunk_of(index, rope);
+        const Chunk chunk = chunk_at<kRows, kSteps>(index, rope);
         uint2 a{}, b{};
-        if (inside && 8 * index < p.dim) {
+        if (inside && (kRows != Rows::kAny || 8 * index < dim)) {
           a = *reinterpret_cast<const uint2*>(row + chunk.a), b = *reinterpret_cast<const uint2*>(row + chunk.b);
         }
         high[2 * c][y] = a.x, high[2 * c][2 + y] = a.y, high[2 * c + 1][y] = b.x, high[2 * c + 1][2 + y] = b.y;
@@ -128,40 +141,53 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
         T* out = static_cast<T*>(p.window) + window[y];
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          const Chunk chunk = chunk_of(4 * c + t, rope);
-          if (window[y] >= 0 && 8 * (4 * c + t) < p.dim) {
+          const Chunk chunk = chunk_at<kRows, kSteps>(4 * c + t, rope);
+          if (window[y] >= 0 && (kRows != Rows::kAny || 8 * (4 * c + t) < dim)) {
             *reinterpret_cast<uint2*>(out + chunk.a) = make_uint2(high[2 * c][y], high[2 * c][2 + y]);
             *reinterpret_cast<uint2*>(out + chunk.b) = make_uint2(high[2 * c + 1][y], high[2 * c + 1][2 + y]);
           }
         }
       }
     }
-    const bool one_block = __all_sync(0xffffffffu, block[0] == block[1]), rotate = kSplit && side.rotate;
+    const bool rotate = kRows == Rows::kHalves || (kRows == Rows::kAny && kSplit && side.rotate);
     const TurnRows turns[2] = {turn_rows(block[0], t, rope), turn_rows(block[1], t, rope)};
+    const bool one_block = __all_sync(0xffffffffu, block[0] == block[1]);
+    const bool near = one_block && __all_sync(0xffffffffu, !turns[0].far);
     // A zero that the compiler cannot see keeps operands apart from the pairs that are loaded.
     const uint32_t zero = static_cast<uint32_t>(p.num_tokens >> 31);
+    const auto split = [&](auto simple) {  // simple: one rotation for all rows, its factors one load away
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int index = 4 * c + t;
-      const Chunk chunk = chunk_of(index, rope);
-      const bool inside = 8 * index < p.dim;
-      float4 turn[2] = {make_float4(1.f, 0.f, 1.f, 0.f), make_float4(1.f, 0.f, 1.f, 0.f)};
+      for (int c = 0; c < kChunks; ++c) {
+        const int index = 4 * c + t;
+        const Chunk chunk = chunk_at<kRows, kSteps>(index, rope);
+        const bool inside = kRows != Rows::kAny || 8 * index < dim;
+        float4 turn[2] = {make_float4(1.f, 0.f, 1.f, 0.f), make_float4(1.f, 0.f, 1.f, 0.f)};
 #pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        if (rotate && chunk.turned && (y == 0 || !one_block)) load_turn(turn, turns[y], 8 * c);
-        const uint2 a = make_uint2(high[2 * c][y], high[2 * c][2 + y]);
-        const uint2 b = make_uint2(high[2 * c + 1][y], high[2 * c + 1][2 + y]);
-        const float* w = classes + offset[y] * l.class_stride;
-        const float4 wa = *reinterpret_cast<const float4*>(w + (inside ? chunk.a : 0));
-        const float4 wb = *reinterpret_cast<const float4*>(w + (inside ? chunk.b : 0));
-        uint32_t h[4], m[4];
-        split_chunk<T, kSplit>(a, b, rotate, rope.interleaved, turn, wa, wb, norm[y], dot[y], h, m);
+        for (int y = 0; y < 2; ++y) {
+          if constexpr (simple) {
+            if (y == 0 && rotate) load_near_turn(turn, turns[0], 8 * c);
+          } else if (rotate && chunk.turned && (y == 0 || !one_block)) {
+            load_turn(turn, turns[y], 8 * c);
+          }
+          const uint2 a = make_uint2(high[2 * c][y], high[2 * c][2 + y]);
+          const uint2 b = make_uint2(high[2 * c + 1][y], high[2 * c + 1][2 + y]);
+          const float* w = classes + offset[y] * l.class_stride;
+          const float4 wa = *reinterpret_cast<const float4*>(w + (inside ? chunk.a : 0));
+          const float4 wb = *reinterpret_cast<const float4*>(w + (inside ? chunk.b : 0));
+          uint32_t h[4], m[4];
+          split_chunk<T, kSplit>(a, b, rotate, rope.interleaved, turn, wa, wb, norm[y], dot[y], h, m);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          high[2 * c + (i >> 1)][2 * (i & 1) + y] = kSplit ? h[i] : h[i] ^ zero;
-          if constexpr (kSplit) low[2 * c + (i >> 1)][2 * (i & 1) + y] = m[i];
+          for (int i = 0; i < 4; ++i) {
+            high[2 * c + (i >> 1)][2 * (i & 1) + y] = kSplit ? h[i] : h[i] ^ zero;
+            if constexpr (kSplit) low[2 * c + (i >> 1)][2 * (i & 1) + y] = m[i];
+          }
         }
       }
+    };
+    if constexpr (kRows == Rows::kHalves) {
+      near ? split(std::true_type()) : split(std::false_type());
+    } else {
+      split(std::false_type());
     }
     if (tile + stride < num_tiles) {
       next = place_row(p, side, head, (tile + stride) * kTile + (lane & 15), is_value);
@@ -270,8 +296,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       const int group = column * kWarpGroups + i;
       if (group < groups) {
         const int width = plan.width(group);
-#pragma unroll
-        for (int y = 0; y < 2; ++y) codes[64 * group + 32 * y] = quantize_word(u[i][0], u[i][1], y, inverse[y], width);
+        codes[32 * group] = {quantize_word(u[i][0], u[i][1], 0, inverse[0], width),
+                             quantize_word(u[i][0], u[i][1], 1, inverse[1], width)};
       }
     }
     if constexpr (kColumns > 1) __syncthreads();  // else every lane reads what it wrote itself
@@ -280,11 +306,11 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     for (int i = column; i < plan.planes(); i += kColumns) {
       const PlaneView plane = plan.plane(i);
       const int4 header = *reinterpret_cast<const int4*>(plane.data);
+      const CodeWords<2> bytes = gather_plane<32>(header, plane.data + 4, codes);
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
-        const uint32_t bytes = gather_plane<64>(header, plane.data + 4, codes + 32 * y);
         if (page[y] >= 0) {
-          write_columns(p.pages + page[y] + header.y, is_value, header.x & 256, token[y], t, bytes);
+          write_columns(p.pages + page[y] + header.y, is_value, header.x & 256, token[y], t, bytes.of[y]);
         }
       }
     }
@@ -299,10 +325,16 @@ __global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
   const bool is_value = x >= p.key_ctas;
   const StoreSide& side = p.side[is_value];
   const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
-  if (side.rotate || !std::is_same<T, __nv_bfloat16>::value) {
-    store_many_side<T, kSteps, kShared, true>(p, side, is_value, first, ctas);
+  constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;  // of elements that are not rotated
+  const bool whole = p.dim == 16 * kSteps && (!side.rotate || (p.rope.rotary_dim == p.dim && !p.rope.interleaved));
+  if (kShared && whole && side.rotate) {
+    store_many_side<T, kSteps, kShared, true, Rows::kHalves>(p, side, is_value, first, ctas);
+  } else if (kShared && whole) {
+    store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight>(p, side, is_value, first, ctas);
+  } else if (side.rotate || kTwoTerms) {
+    store_many_side<T, kSteps, kShared, true, Rows::kAny>(p, side, is_value, first, ctas);
   } else {
-    store_many_side<T, kSteps, kShared, false>(p, side, is_value, first, ctas);
+    store_many_side<T, kSteps, kShared, false, Rows::kAny>(p, side, is_value, first, ctas);
   }
 }
 
