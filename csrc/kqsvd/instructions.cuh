@@ -29,6 +29,8 @@ __device__ __forceinline__ void copy_async_wait_but_one() {
   asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Correct to an ulp or two, without the branches that the last bit costs.
 __device__ __forceinline__ float approximate_sqrt(float x) {
   float y;

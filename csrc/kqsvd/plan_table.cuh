@@ -44,7 +44,8 @@ struct alignas(4 * kTokens) CodeWords {
 template <int kStride, int kTokens>
 __device__ __forceinline__ CodeWords<kTokens> gather_plane(const int4& head, const int* entries,
                                                            const CodeWords<kTokens>* words) {
-  const int bits = head.x & 255, count = head.x >> 16, step = head.x & 256 ? 2 * bits : bits;
+  const int bits = head.x & 255, count = head.x >> 16;
+  const bool half = head.x & 256;
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
   CodeWords<kTokens> out{};
   int at = 0;
@@ -52,18 +53,24 @@ __device__ __forceinline__ CodeWords<kTokens> gather_plane(const int4& head, con
   for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
     const int2 e = *reinterpret_cast<const int2*>(entries + i);
     const CodeWords<kTokens> left = words[kStride * (e.x & 255)], right = words[kStride * (e.y & 255)];
-    const bool both = i + 1 < count;
+    const uint32_t there = i + 1 < count ? mask : 0u;
+    if (!half) {  // from where the bits are to where they go in one rotation: none of them leaves its byte
+      const int a = at - (e.x >> 8), b = at + bits - (e.y >> 8);
 #pragma unroll
-    for (int y = 0; y < kTokens; ++y) {
-      uint32_t a = (left.of[y] >> (e.x >> 8)) & mask;
-      uint32_t b = (right.of[y] >> (e.y >> 8)) & mask;
-      if (head.x & 256) {
-        a = (a | a >> (8 - bits)) & 0x00ff00ffu;
-        b = (b | b >> (8 - bits)) & 0x00ff00ffu;
+      for (int y = 0; y < kTokens; ++y) {
+        out.of[y] |= __funnelshift_l(left.of[y], left.of[y], a) & mask << at;
+        out.of[y] |= __funnelshift_l(right.of[y], right.of[y], b) & there << (at + bits);
       }
-      out.of[y] |= a << at | (both ? b << (at + step) : 0u);
+      at += 2 * bits;
+    } else {
+#pragma unroll
+      for (int y = 0; y < kTokens; ++y) {
+        const uint32_t a = left.of[y] >> (e.x >> 8) & mask, b = right.of[y] >> (e.y >> 8) & there;
+        out.of[y] |= ((a | a >> (8 - bits)) & 0x00ff00ffu) << at;
+        out.of[y] |= ((b | b >> (8 - bits)) & 0x00ff00ffu) << (at + 2 * bits);
+      }
+      at += 4 * bits;
     }
-    at += 2 * step;
   }
   return out;
 }

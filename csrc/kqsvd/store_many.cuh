@@ -190,7 +190,12 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       split(std::false_type());
     }
     if (tile + stride < num_tiles) {
-      next = place_row(p, side, head, (tile + stride) * kTile + (lane & 15), is_value);
+      const int n = (tile + stride) * kTile + (lane & 15);
+      next = place_row(p, side, head, n, is_value);
+      if (column == 0 && n < p.num_tokens) {  // 128 bytes per lane; the rows come while this tile is coded
+        const T* row = x + n * side.token_stride;
+        for (int at = 64 * (lane >> 4); at < dim; at += 128) prefetch_to_l2(row + at);
+      }
     } else {
       next.page = next.window = -1;
     }

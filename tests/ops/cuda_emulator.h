@@ -170,9 +170,16 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return out;
 }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int shift) {
+  return static_cast<uint32_t>((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
+}
 
 template <typename T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
   return *p;
 }
 inline float __uint_as_float(uint32_t x) {
@@ -215,6 +222,10 @@ inline void copy_async_wait_but_one() { emulator::finish_copies(2); }
 inline float approximate_sqrt(float x) { return std::sqrt(x); }
 inline float approximate_reciprocal(float x) { return 1.f / x; }
 inline int uniform_warp_index() { return emulator::current / 32; }
+inline void prefetch_to_l2(const void* p) {
+  static volatile char seen;
+  seen = *static_cast<const char*>(p);  // the guard pages catch addresses outside
+}
 inline std::function<void()> previous_grid;  // what the kernel before has done when the wait is over
 inline void wait_for_previous_grid() {
   emulator::fibers[emulator::current].waited = true;
