@@ -65,7 +65,8 @@ void launch_many(StoreParams& p, int heads, const Launch& on) {
   int bytes[2] = {};
   for (const bool in_shared : {false, true}) {
     for (const StoreSide& side : p.side) {
-      const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, in_shared);
+      const bool halves = side.rotate && !p.rope.interleaved;
+      const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, halves, in_shared);
       bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
     }
   }

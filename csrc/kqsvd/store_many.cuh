@@ -15,16 +15,17 @@ __host__ __device__ constexpr int many_columns(int steps) { return steps > 8 ? 2
 __host__ __device__ constexpr int many_warps(int steps) { return steps > 8 ? 8 : 12; }
 
 // Offsets of the tables in dynamic shared memory; rows are padded so that the tokens of a warp hit different banks.
+// `halves`: chunks have their two parts half a row apart, so that neighbours lie 16 bytes apart, not 32.
 struct StoreManyLayout {
   int mean_stride, class_stride, encode, mean, classes, weight, plan, partial, codes, bytes;
 };
 
-__host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps, int groups, int period,
+__host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps, int groups, int period, bool halves,
                                                              bool tables_shared) {
   StoreManyLayout l{};
   const int rank = groups * kGroup, columns = many_columns(steps), warps = many_warps(steps);
   l.mean_stride = tables_shared ? rank + 8 : rank;
-  l.class_stride = tables_shared ? (dim + 31) / 32 * 32 + 16 : dim;
+  l.class_stride = tables_shared ? (dim + 31) / 32 * 32 + (halves ? 16 : 4) : dim;
   int at = 0;
   l.encode = at, at += tables_shared ? groups * steps * 1024 : 0;
   l.mean = at, at += tables_shared ? period * l.mean_stride * 4 : 0;
@@ -48,17 +49,19 @@ __device__ __forceinline__ Chunk chunk_at(int index, const RopeTurn& rope) {
   return chunk_of(index, rope);
 }
 
-template <typename T, int kSteps, bool kShared, bool kSplit, Rows kRows>
+// kFull: R = 16 kSteps too, so that every warp has the same number of groups.
+template <typename T, int kSteps, bool kShared, bool kSplit, Rows kRows, bool kFull>
 __device__ __forceinline__ void store_many_side(const StoreParams& p, const StoreSide& side, bool is_value, int first,
                                                 int ctas) {
   constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps), kPairs = kWarps / kColumns;
-  constexpr int kChunks = kSteps / 2;
+  constexpr int kChunks = kSteps / 2, kMine = kFull ? kSteps / kColumns : kWarpGroups;  // groups of the warp, at most
   extern __shared__ __align__(16) char memory[];
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
   const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
-  const int groups = side.groups, rank = groups * kGroup, period = side.period;
+  const int groups = kFull ? kSteps : side.groups, rank = groups * kGroup, period = side.period;
   const int dim = kRows == Rows::kAny ? p.dim : 16 * kSteps;
-  const StoreManyLayout l = store_many_layout(dim, kSteps, groups, period, kShared);
+  const bool halves = kRows == Rows::kHalves || (kRows == Rows::kAny && side.rotate && !p.rope.interleaved);
+  const StoreManyLayout l = store_many_layout(dim, kSteps, groups, period, halves, kShared);
 
   const uint4* encode = side.encode + int64_t(head) * groups * kSteps * 64;
   const float* global_means = side.latent_mean + int64_t(head) * 2 * period * rank;
@@ -210,11 +213,11 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       sink[y] = 0.7f * norm[y] - dot[y] + __ldg(side.class_offset + head * period + offset[y]) < 0.f;
     }
 
-    float u[kWarpGroups][2][4] = {};
+    float u[kMine][2][4] = {};
 #pragma unroll
-    for (int i = 0; i < kWarpGroups; i += 2) {  // two groups at a time: four independent accumulators
-      const int left = column * kWarpGroups + i, right = min(left + 1, groups - 1);
-      if (left < groups) {
+    for (int i = 0; i < kMine; i += 2) {  // two groups at a time: four independent accumulators
+      const int left = column * kWarpGroups + i, right = kFull ? left + 1 : min(left + 1, groups - 1);
+      if (kFull || left < groups) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           const uint4* at = encode + (left * kSteps + k) * 64 + lane;
@@ -248,9 +251,9 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       mean_of[y] += 2 * t;
     }
 #pragma unroll
-    for (int i = 0; i < kWarpGroups; ++i) {
+    for (int i = 0; i < kMine; ++i) {
       const int group = column * kWarpGroups + i;
-      if (group < groups) {
+      if (kFull || group < groups) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int channel = group * kGroup + 8 * n;
@@ -297,9 +300,9 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       }
     }
 #pragma unroll
-    for (int i = 0; i < kWarpGroups; ++i) {
+    for (int i = 0; i < kMine; ++i) {
       const int group = column * kWarpGroups + i;
-      if (group < groups) {
+      if (kFull || group < groups) {
         const int width = plan.width(group);
         codes[32 * group] = {quantize_word(u[i][0], u[i][1], 0, inverse[0], width),
                              quantize_word(u[i][0], u[i][1], 1, inverse[1], width)};
@@ -332,14 +335,16 @@ __global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
   const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
   constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;  // of elements that are not rotated
   const bool whole = p.dim == 16 * kSteps && (!side.rotate || (p.rope.rotary_dim == p.dim && !p.rope.interleaved));
+  const bool full = side.groups == kSteps;
   if (kShared && whole && side.rotate) {
-    store_many_side<T, kSteps, kShared, true, Rows::kHalves>(p, side, is_value, first, ctas);
-  } else if (kShared && whole) {
-    store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight>(p, side, is_value, first, ctas);
+    full ? store_many_side<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, first, ctas)
+         : store_many_side<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, first, ctas);
+  } else if (kShared && whole && full) {
+    store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, first, ctas);
   } else if (side.rotate || kTwoTerms) {
-    store_many_side<T, kSteps, kShared, true, Rows::kAny>(p, side, is_value, first, ctas);
+    store_many_side<T, kSteps, kShared, true, Rows::kAny, false>(p, side, is_value, first, ctas);
   } else {
-    store_many_side<T, kSteps, kShared, false, Rows::kAny>(p, side, is_value, first, ctas);
+    store_many_side<T, kSteps, kShared, false, Rows::kAny, false>(p, side, is_value, first, ctas);
   }
 }
 

@@ -35,7 +35,8 @@ void emulate_store_steps(StoreParams& p, int heads, bool many, int ctas, bool in
   p.key_ctas = std::min(tiles, ctas);
   size_t shared = 0;
   for (const StoreSide& side : p.side) {
-    const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, in_shared);
+    const bool halves = side.rotate && !p.rope.interleaved;
+    const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, halves, in_shared);
     shared = std::max<size_t>(shared, l.bytes);
   }
   const dim3 grid(2 * p.key_ctas, heads);
