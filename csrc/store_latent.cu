@@ -118,7 +118,7 @@ void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, s
   check_tensor(pages, "pages", ScalarType::Byte, {kAny, page_bytes}, device);
   STD_TORCH_CHECK(pages.stride(1) == 1 && pages.stride(0) % 16 == 0, "pages must be dense and aligned to 16 bytes");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 == 0, "pages must be aligned to 16 bytes");
-  STD_TORCH_CHECK(pages.size(0) * block_size < (int64_t(1) << 32), "more than 2^32 slots");
+  STD_TORCH_CHECK(pages.size(0) * block_size < (int64_t(1) << 31), "2^31 slots or more");
   check_tensor(slot_mapping, "slot_mapping", ScalarType::Long, {kAny}, device);
   check_tensor(positions, "positions", ScalarType::Long, {kAny}, device);
   check_contiguous(slot_mapping, "slot_mapping");
@@ -135,7 +135,7 @@ void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, s
     check_tensor(*window_slot_mapping, "window_slot_mapping", ScalarType::Long, {kAny}, device);
     check_contiguous(*window_slot_mapping, "window_slot_mapping");
     STD_TORCH_CHECK(window_slot_mapping->size(0) >= tokens, "window_slot_mapping is shorter than slot_mapping");
-    STD_TORCH_CHECK(w.size(0) * w.size(2) < (int64_t(1) << 32), "more than 2^32 window slots");
+    STD_TORCH_CHECK(w.size(0) * w.size(2) < (int64_t(1) << 31), "2^31 window slots or more");
     p.window = w.data_ptr();
     for (int i = 0; i < 3; ++i) p.window_stride[i] = w.stride(i);
     p.window_block_size = static_cast<int>(w.size(2));

@@ -60,15 +60,19 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
     const Chunk chunk = chunk_of(index, rope);
     for (int r = warp * kRows + lane / kSlots; r < kTile; r += (blockDim.x >> 5) * kRows) {
       const int n = tile * kTile + r;
-      const StoreRow row = place_row(p, side, head, n, is_value);
+      const bool inside = index < p.dim / 8 && n < p.num_tokens;
+      uint2 a{}, b{};
+      if (inside) {  // asked for before the row's place is known
+        const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
+        a = *reinterpret_cast<const uint2*>(x + chunk.a);
+        b = *reinterpret_cast<const uint2*>(x + chunk.b);
+      }
+      const StoreRow row = place_row(p, side, head, load_slots(p, n), is_value);
       const int offset = row.offset;
       float norm = 0.f, dot = 0.f;
       {
         uint32_t h[4] = {}, l[4] = {};
-        if (index < p.dim / 8 && n < p.num_tokens) {
-          const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
-          const uint2 a = *reinterpret_cast<const uint2*>(x + chunk.a);
-          const uint2 b = *reinterpret_cast<const uint2*>(x + chunk.b);
+        if (inside) {
           const float* w = side.class_vector + (int64_t(head) * side.period + offset) * p.dim;
           const float4 wa = __ldg(reinterpret_cast<const float4*>(w + chunk.a));
           const float4 wb = __ldg(reinterpret_cast<const float4*>(w + chunk.b));

@@ -85,39 +85,36 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   }
   for (int i = tid; i < 2 * rank; i += blockDim.x) weights[i] = side.weight[head * 2 * rank + i];
   for (int i = tid; i < side.plan_ints; i += blockDim.x) plan_ints[i] = side.plan[i];
-  copy_async_wait();
-  __syncthreads();
   wait_for_previous_grid();
   release_next_grid();
+
+  const T* x = static_cast<const T*>(side.x) + head * side.head_stride;
+  const int num_tiles = (p.num_tokens + kTile - 1) / kTile, stride = ctas * kPairs;
+  StoreSlots next;
+  const auto ask = [&](int tile) {  // slots of the tile's rows; the rows themselves on their way to L2
+    const int n = tile * kTile + (lane & 15);
+    next = load_slots(p, n);
+    if (column == 0 && n < p.num_tokens) {
+      const T* row = x + n * side.token_stride;
+      for (int at = 64 * (lane >> 4); at < dim; at += 128) prefetch_to_l2(row + at);
+    }
+  };
+  ask(first + pair * ctas);
+  copy_async_wait();
+  __syncthreads();
 
   const PlanView plan{plan_ints};
   bool guards = false;  // groups with a guard weight
   for (int c = 0; lane < groups && c < kGroup; ++c) guards |= weights[2 * (kGroup * lane + c) + 1] > 0.f;
   const uint32_t guarded = __ballot_sync(0xffffffffu, guards);
-  const T* x = static_cast<const T*>(side.x) + head * side.head_stride;
   auto* codes = reinterpret_cast<CodeWords<2>*>(memory + l.codes) + pair * kColumns * kWarpGroups * 32 + lane;
   float2* partial = reinterpret_cast<float2*>(memory + l.partial) + pair * kColumns * kTile;
   RopeTurn rope = p.rope;
   if (kRows == Rows::kStraight || !side.rotate) rope.rotary_dim = 0;
   if constexpr (kRows == Rows::kHalves) rope.rotary_dim = dim, rope.interleaved = false;
-  const int num_tiles = (p.num_tokens + kTile - 1) / kTile, stride = ctas * kPairs;
-
-  StoreRow next = place_row(p, side, head, (first + pair * ctas) * kTile + (lane & 15), is_value);
   // With one column warps never meet; with two all of them take the same number of turns.
   for (int base = first; base + (kColumns > 1 ? 0 : pair * ctas) < num_tiles; base += stride) {
     const int tile = base + pair * ctas;
-    int64_t page[2], window[2];
-    int token[2], offset[2], block[2];
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      const int from = g + 8 * y;
-      page[y] = __shfl_sync(0xffffffffu, next.page, from);
-      window[y] = __shfl_sync(0xffffffffu, next.window, from);
-      token[y] = __shfl_sync(0xffffffffu, next.token, from);
-      offset[y] = __shfl_sync(0xffffffffu, next.offset, from);
-      block[y] = __shfl_sync(0xffffffffu, next.block, from);
-    }
-
     // Rows g and g + 8 of step k, in the order of the operand's registers; raw elements first, so that all loads are
     // under way together.
     uint32_t high[kSteps][4], low[kSplit ? kSteps : 1][4];
@@ -137,6 +134,16 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
         }
         high[2 * c][y] = a.x, high[2 * c][2 + y] = a.y, high[2 * c + 1][y] = b.x, high[2 * c + 1][2 + y] = b.y;
       }
+    }
+    const StoreRow mine = place_row(p, side, head, next, is_value);
+    int64_t window[2];
+    int offset[2], block[2];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      const int from = g + 8 * y;
+      window[y] = __shfl_sync(0xffffffffu, mine.window, from);
+      offset[y] = __shfl_sync(0xffffffffu, mine.offset, from);
+      block[y] = __shfl_sync(0xffffffffu, mine.block, from);
     }
     if (column == 0 && __any_sync(0xffffffffu, (window[0] & window[1]) >= 0)) {  // exact copy
 #pragma unroll
@@ -192,16 +199,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     } else {
       split(std::false_type());
     }
-    if (tile + stride < num_tiles) {
-      const int n = (tile + stride) * kTile + (lane & 15);
-      next = place_row(p, side, head, n, is_value);
-      if (column == 0 && n < p.num_tokens) {  // 128 bytes per lane; the rows come while this tile is coded
-        const T* row = x + n * side.token_stride;
-        for (int at = 64 * (lane >> 4); at < dim; at += 128) prefetch_to_l2(row + at);
-      }
-    } else {
-      next.page = next.window = -1;
-    }
+    ask(tile + stride);
     bool sink[2];
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
@@ -291,8 +289,12 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       }
     }
     float inverse[2];
+    int64_t page[2];
+    int token[2];
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
+      page[y] = __shfl_sync(0xffffffffu, mine.page, g + 8 * y);
+      token[y] = __shfl_sync(0xffffffffu, mine.token, g + 8 * y);
       const uint32_t byte = encode_scale(fmaxf(approximate_sqrt(sum[y]), peak[y]));
       inverse[y] = approximate_reciprocal(decode_scale(byte));
       if (t == 0 && column == 0 && page[y] >= 0) {
@@ -334,12 +336,14 @@ __global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
   const StoreSide& side = p.side[is_value];
   const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
   constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;  // of elements that are not rotated
+  // Wider heads leave no room for tables in shared memory, and have more to wait for than addresses.
+  constexpr bool kKnown = kShared && kSteps <= 8;
   const bool whole = p.dim == 16 * kSteps && (!side.rotate || (p.rope.rotary_dim == p.dim && !p.rope.interleaved));
   const bool full = side.groups == kSteps;
-  if (kShared && whole && side.rotate) {
+  if (kKnown && whole && side.rotate) {
     full ? store_many_side<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, first, ctas)
          : store_many_side<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, first, ctas);
-  } else if (kShared && whole && full) {
+  } else if (kKnown && whole && full) {
     store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, first, ctas);
   } else if (side.rotate || kTwoTerms) {
     store_many_side<T, kSteps, kShared, true, Rows::kAny, false>(p, side, is_value, first, ctas);

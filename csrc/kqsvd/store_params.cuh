@@ -54,27 +54,37 @@ __device__ __forceinline__ uint32_t block_of(uint32_t slot, int size, int shift)
   return shift >= 0 ? slot >> shift : slot / static_cast<uint32_t>(size);
 }
 
-__device__ __forceinline__ StoreRow place_row(const StoreParams& p, const StoreSide& side, int head, int n,
-                                              bool is_value) {
+// What the step says of a row; slots below 0 are not written. Low words of the step's 64-bit integers are enough: the
+// caches have less than 2^31 slots.
+struct StoreSlots {
+  int slot, window, position;
+};
+
+__device__ __forceinline__ int low_word(const int64_t* from, int n) { return reinterpret_cast<const int*>(from)[2 * n]; }
+
+__device__ __forceinline__ StoreSlots load_slots(const StoreParams& p, int n) {
+  if (n >= p.num_tokens) return {-1, -1, 0};
+  const int window = p.window_slots != nullptr ? low_word(p.window_slots, n) : -1;
+  return {low_word(p.slots, n), window, low_word(p.positions, n)};
+}
+
+__device__ __forceinline__ StoreRow place_row(const StoreParams& p, const StoreSide& side, int head,
+                                              const StoreSlots& from, bool is_value) {
   StoreRow row{-1, -1, 0, 0, 0};
-  if (n >= p.num_tokens) return row;
-  const int64_t slot = p.slots[n], position = p.positions[n];
-  const int64_t window_slot = p.window_slots != nullptr ? p.window_slots[n] : -1;
-  if (slot >= 0) {
-    const uint32_t at = static_cast<uint32_t>(slot), block = block_of(at, p.block_size, p.block_shift);
+  if (from.slot >= 0) {
+    const uint32_t at = from.slot, block = block_of(at, p.block_size, p.block_shift);
     const uint32_t rest = at - block * p.block_size;
     row.page = int64_t(block) * p.page_stride + int64_t(head * p.tiles_per_block + rest / kTile) * p.tile_bytes;
     row.token = rest % kTile;
-    row.offset = static_cast<int>(position) & (side.period - 1);
+    row.offset = from.position & (side.period - 1);
     if (side.rotate) {
-      const int64_t b = position >> p.rope.block_shift;
+      const int b = from.position >> p.rope.block_shift;
       if (b < 0 || b >= kTurnRows * kTurnRows) __trap();  // outside every table: better dead than wrong
-      row.block = static_cast<int>(b);
+      row.block = b;
     }
   }
-  if (window_slot >= 0) {
-    const uint32_t at = static_cast<uint32_t>(window_slot);
-    const uint32_t block = block_of(at, p.window_block_size, p.window_shift);
+  if (from.window >= 0) {
+    const uint32_t at = from.window, block = block_of(at, p.window_block_size, p.window_shift);
     row.window = block * p.window_stride[0] + head * p.window_stride[1] +
                  (at - block * p.window_block_size) * p.window_stride[2] + (is_value ? p.dim : 0);
   }
