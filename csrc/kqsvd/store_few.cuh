@@ -18,7 +18,8 @@ struct StoreFewShared {
   alignas(16) int plan[kPlanInts];
 };
 
-template <typename T, int kSteps, bool kSplit>
+// kEarly: registers allow to load what hangs on positions before the wait.
+template <typename T, int kSteps, bool kSplit, bool kEarly>
 __device__ __forceinline__ void store_few_side(const StoreParams& p, const StoreSide& side, bool is_value, int tile,
                                                StoreFewShared<kSteps>& s) {
   constexpr bool kPreload = kSteps <= 8;
@@ -37,47 +38,63 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
   const float4* weights = reinterpret_cast<const float4*>(side.weight + 2 * (head * rank + group * kGroup));
   const float4 weight[2] = {__ldg(weights + t), __ldg(weights + 4 + t)};
   for (int i = tid; i < side.plan_ints; i += blockDim.x) s.plan[i] = side.plan[i];
+  // What hangs on positions as well, by those found now: the kernel that writes them is many before this one. Should
+  // they turn out to be others after the wait, it is asked for again.
+  constexpr int kSlots = 2 * kSteps, kRows = 32 / kSlots;  // chunks of a row, rows of a warp
+  const int index = lane % kSlots, r0 = warp * kRows + lane / kSlots, last = p.num_tokens - 1;
+  RopeTurn rope = p.rope;
+  if (!side.rotate) rope.rotary_dim = 0;
+  const Chunk chunk = chunk_of(index, rope);
+  const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + group * kGroup + 2 * t;
+  const float* classes = side.class_vector + int64_t(head) * side.period * p.dim;
+  float2 mean[2][2];
+  const auto load_means = [&](int y, int mean_row) {
+    const float* from = means + mean_row * rank;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) mean[y][n] = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
+  };
+  float4 wa{}, wb{}, turn[2] = {};
+  float bias = 0.f;  // of the class rule
+  const auto load_frame = [&](int position, int block) {
+    const int offset = position & (side.period - 1);
+    bias = __ldg(side.class_offset + head * side.period + offset);
+    if (index >= p.dim / 8) return;
+    const float* from = classes + offset * p.dim;
+    wa = __ldg(reinterpret_cast<const float4*>(from + chunk.a));
+    wb = __ldg(reinterpret_cast<const float4*>(from + chunk.b));
+    if (chunk.turned) load_turn(turn, turn_rows(block, index & 3, rope), 8 * (index >> 2));
+  };
+  const int tokens[3] = {tile * kTile + g, tile * kTile + g + 8, tile * kTile + r0};
+  int found[3] = {};
+  if constexpr (kEarly) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) found[i] = low_word(p.positions, min(tokens[i], last));
+#pragma unroll
+    for (int y = 0; y < 2; ++y) load_means(y, found[y] & (side.period - 1));  // of the ordinary class
+    load_frame(found[2], min(max(found[2] >> rope.block_shift, 0), kTurnRows * kTurnRows - 1));
+  }
   wait_for_previous_grid();
   release_next_grid();
 
-  // The ordinary mean's latents are asked for before the class is known.
-  const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank + group * kGroup + 2 * t;
-  float2 mean[2][2];
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
-    const int row = min(tile * kTile + g + 8 * y, p.num_tokens - 1);
-    const int offset = static_cast<int>(p.positions[row]) & (side.period - 1);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      mean[y][n] = __ldg(reinterpret_cast<const float2*>(means + offset * rank + 8 * n));
-    }
-  }
   {  // rows: exact copy, turn back, class, split into two terms
-    constexpr int kSlots = 2 * kSteps, kRows = 32 / kSlots;  // chunks of a row, rows of a warp
-    const int index = lane % kSlots;
-    RopeTurn rope = p.rope;
-    if (!side.rotate) rope.rotary_dim = 0;
-    const Chunk chunk = chunk_of(index, rope);
-    for (int r = warp * kRows + lane / kSlots; r < kTile; r += (blockDim.x >> 5) * kRows) {
+    const auto load_row = [&](int n, uint2& a, uint2& b) {
+      if (index >= p.dim / 8 || n > last) return;
+      const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
+      a = *reinterpret_cast<const uint2*>(x + chunk.a);
+      b = *reinterpret_cast<const uint2*>(x + chunk.b);
+    };
+    uint2 a{}, b{};
+    StoreSlots slots{-1, -1, 0};
+    if (kEarly && r0 < kTile) load_row(tokens[2], a, b), slots = load_slots(p, tokens[2]);
+    for (int r = r0; r < kTile; r += (blockDim.x >> 5) * kRows) {
       const int n = tile * kTile + r;
-      const bool inside = index < p.dim / 8 && n < p.num_tokens;
-      uint2 a{}, b{};
-      if (inside) {  // asked for before the row's place is known
-        const T* x = static_cast<const T*>(side.x) + n * side.token_stride + head * side.head_stride;
-        a = *reinterpret_cast<const uint2*>(x + chunk.a);
-        b = *reinterpret_cast<const uint2*>(x + chunk.b);
-      }
-      const StoreRow row = place_row(p, side, head, load_slots(p, n), is_value);
-      const int offset = row.offset;
+      if (!kEarly || r != r0) load_row(n, a, b), slots = load_slots(p, n);
+      const StoreRow row = place_row(p, side, head, slots, is_value);
+      if (!kEarly || r != r0 || slots.position != found[2]) load_frame(slots.position, row.block);
       float norm = 0.f, dot = 0.f;
       {
         uint32_t h[4] = {}, l[4] = {};
-        if (inside) {
-          const float* w = side.class_vector + (int64_t(head) * side.period + offset) * p.dim;
-          const float4 wa = __ldg(reinterpret_cast<const float4*>(w + chunk.a));
-          const float4 wb = __ldg(reinterpret_cast<const float4*>(w + chunk.b));
-          float4 turn[2] = {};
-          if (chunk.turned) load_turn(turn, turn_rows(row.block, index & 3, rope), 8 * (index >> 2));
+        if (index < p.dim / 8 && n <= last) {
           if (row.window >= 0) {
             T* out = static_cast<T*>(p.window) + row.window;
             *reinterpret_cast<uint2*>(out + chunk.a) = a;
@@ -98,13 +115,17 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
         dot += __shfl_xor_sync(0xffffffffu, dot, m);
       }
       if (index == 0) {
-        const bool sink = 0.7f * norm - dot + __ldg(side.class_offset + head * side.period + offset) < 0.f;
-        s.mean_row[r] = (sink ? side.period : 0) + offset;
+        s.mean_row[r] = (0.7f * norm - dot + bias < 0.f ? side.period : 0) + row.offset;
         s.page[r] = row.page, s.token[r] = row.token;
       }
     }
   }
   __syncthreads();
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const int mean_row = s.mean_row[g + 8 * y];
+    if (!kEarly || mean_row != (found[y] & (side.period - 1))) load_means(y, mean_row);
+  }
 
   float u[2][4] = {};
   {
@@ -134,12 +155,10 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
 
 #pragma unroll
   for (int y = 0; y < 2; ++y) {
-    const int mean_row = s.mean_row[g + 8 * y];
     float sum = 0.f, peak = 0.f;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float2 mu = mean[y][n];
-      if (mean_row >= side.period) mu = __ldg(reinterpret_cast<const float2*>(means + mean_row * rank + 8 * n));
+      const float2 mu = mean[y][n];
       float& u0 = u[n][2 * y];
       float& u1 = u[n][2 * y + 1];
       u0 -= mu.x, u1 -= mu.y;
@@ -200,9 +219,9 @@ __global__ void __launch_bounds__(kSteps > 8 ? 512 : 256, kResident)
   const bool is_value = blockIdx.x & 1;
   const StoreSide& side = p.side[is_value];
   if (side.rotate || !std::is_same<T, __nv_bfloat16>::value) {
-    store_few_side<T, kSteps, true>(p, side, is_value, blockIdx.x >> 1, shared);
+    store_few_side<T, kSteps, true, kResident == 1>(p, side, is_value, blockIdx.x >> 1, shared);
   } else {
-    store_few_side<T, kSteps, false>(p, side, is_value, blockIdx.x >> 1, shared);
+    store_few_side<T, kSteps, false, kResident == 1>(p, side, is_value, blockIdx.x >> 1, shared);
   }
 }
 

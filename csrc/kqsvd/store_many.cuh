@@ -67,6 +67,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   const float* global_means = side.latent_mean + int64_t(head) * 2 * period * rank;
   const float* classes = side.class_vector + int64_t(head) * period * dim;
   const float* means = global_means;
+  const float* biases = side.class_offset + head * period;
   float* weights = reinterpret_cast<float*>(memory + l.weight);
   int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
   if constexpr (kShared) {
@@ -145,6 +146,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       offset[y] = __shfl_sync(0xffffffffu, mine.offset, from);
       block[y] = __shfl_sync(0xffffffffu, mine.block, from);
     }
+    const float bias[2] = {__ldg(biases + offset[0]), __ldg(biases + offset[1])};  // of the class rule
     if (column == 0 && __any_sync(0xffffffffu, (window[0] & window[1]) >= 0)) {  // exact copy
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
@@ -208,7 +210,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
         norm[y] += __shfl_xor_sync(0xffffffffu, norm[y], m);
         dot[y] += __shfl_xor_sync(0xffffffffu, dot[y], m);
       }
-      sink[y] = 0.7f * norm[y] - dot[y] + __ldg(side.class_offset + head * period + offset[y]) < 0.f;
+      sink[y] = 0.7f * norm[y] - dot[y] + bias[y] < 0.f;
     }
 
     float u[kMine][2][4] = {};

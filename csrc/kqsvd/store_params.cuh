@@ -60,7 +60,9 @@ struct StoreSlots {
   int slot, window, position;
 };
 
-__device__ __forceinline__ int low_word(const int64_t* from, int n) { return reinterpret_cast<const int*>(from)[2 * n]; }
+__device__ __forceinline__ int low_word(const int64_t* from, int n) {
+  return __ldcg(reinterpret_cast<const int*>(from) + 2 * n);  // past L1, which may hold what was there before the wait
+}
 
 __device__ __forceinline__ StoreSlots load_slots(const StoreParams& p, int n) {
   if (n >= p.num_tokens) return {-1, -1, 0};
