@@ -44,7 +44,9 @@ void launch_dequantize(const DequantizeParams& p, int heads, const Launch& on) {
   int bytes[2] = {};
   for (const bool in_shared : {false, true}) {
     for (const DequantizeSide& side : p.side) {
-      const DequantizeLayout l = dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, in_shared);
+      const bool halves = side.rotate && !p.rope.interleaved;
+      const DequantizeLayout l =
+          dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, halves, in_shared);
       bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
     }
   }

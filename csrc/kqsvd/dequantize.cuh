@@ -56,14 +56,15 @@ struct DequantizeSources {
 };
 
 // Offsets in dynamic shared memory. Rows of means are padded so that the tokens of a warp hit different banks.
+// `halves`: chunks have their two parts half a row apart, so that neighbours lie 16 bytes apart, not 32.
 struct DequantizeLayout {
   int mean_stride, decode, mean, sources, fragments, stage, stage_bytes, bytes;
 };
 
 __host__ __device__ inline DequantizeLayout dequantize_layout(int dim, int groups, int period, int num_bytes,
-                                                              bool tables_shared) {
+                                                              bool halves, bool tables_shared) {
   DequantizeLayout l{};
-  l.mean_stride = tables_shared ? (dim + 31) / 32 * 32 + 16 : dim;
+  l.mean_stride = tables_shared ? (dim + 31) / 32 * 32 + (halves ? 16 : 4) : dim;
   l.stage_bytes = num_bytes + 16;  // planes, then the scale bytes
   int at = 0;
   l.decode = at, at += tables_shared ? (dim + 31) / 32 * groups * 1024 : 0;
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(kDequantizeThreads, 2) dequantize_kernel(const
   const DequantizeSide& side = p.side[is_value];
   const int groups = side.groups, head = blockIdx.y, period = side.period, spans = (p.dim + 31) / 32;
   const int tid = threadIdx.x, lane = tid & 31, warp = uniform_warp_index(), g = lane >> 2, t = lane & 3;
-  const DequantizeLayout l = dequantize_layout(p.dim, groups, period, side.num_bytes, kShared);
+  const bool halves = side.rotate && !p.rope.interleaved;
+  const DequantizeLayout l = dequantize_layout(p.dim, groups, period, side.num_bytes, halves, kShared);
   DequantizeSources& s = *reinterpret_cast<DequantizeSources*>(memory + l.sources);
   char* stage = memory + l.stage + warp * 2 * l.stage_bytes;
 

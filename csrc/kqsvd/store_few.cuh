@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Store of a decode step's tokens: latency is all that counts. One CTA per side, head and 16 tokens, one warp per
-// group of channels; each warp loads its part of the encode matrix straight into operand registers before it waits for
-// the kernel that makes the rows.
+// group of channels; each warp loads its part of the encode matrix straight into operand registers, and its part of
+// other tables by the positions it finds, before it waits for the kernel that makes the rows.
 #pragma once
 
 #include "store_params.cuh"

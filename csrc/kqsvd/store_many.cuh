@@ -338,16 +338,17 @@ __global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
   const StoreSide& side = p.side[is_value];
   const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
   constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;  // of elements that are not rotated
-  // Wider heads leave no room for tables in shared memory, and have more to wait for than addresses.
-  constexpr bool kKnown = kShared && kSteps <= 8;
-  const bool whole = p.dim == 16 * kSteps && (!side.rotate || (p.rope.rotary_dim == p.dim && !p.rope.interleaved));
-  const bool full = side.groups == kSteps;
-  if (kKnown && whole && side.rotate) {
-    full ? store_many_side<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, first, ctas)
-         : store_many_side<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, first, ctas);
-  } else if (kKnown && whole && full) {
-    store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, first, ctas);
-  } else if (side.rotate || kTwoTerms) {
+  if constexpr (kShared && kSteps <= 8) {  // tables of wider heads hardly ever fit into shared memory
+    const bool turned = side.rotate && p.rope.rotary_dim == p.dim && !p.rope.interleaved, full = side.groups == kSteps;
+    if (p.dim == 16 * kSteps && turned) {
+      return full ? store_many_side<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, first, ctas)
+                  : store_many_side<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, first, ctas);
+    }
+    if (p.dim == 16 * kSteps && !side.rotate && full) {
+      return store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, first, ctas);
+    }
+  }
+  if (side.rotate || kTwoTerms) {
     store_many_side<T, kSteps, kShared, true, Rows::kAny, false>(p, side, is_value, first, ctas);
   } else {
     store_many_side<T, kSteps, kShared, false, Rows::kAny, false>(p, side, is_value, first, ctas);

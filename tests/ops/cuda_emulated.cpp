@@ -61,7 +61,9 @@ template <typename T, int kGroups>
 void emulate_dequantize(const DequantizeParams& p, int heads, int ctas, bool in_shared) {
   size_t shared = 0;
   for (const DequantizeSide& side : p.side) {
-    const DequantizeLayout l = dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, in_shared);
+    const bool halves = side.rotate && !p.rope.interleaved;
+    const DequantizeLayout l =
+        dequantize_layout(p.dim, side.groups, side.period, side.num_bytes, halves, in_shared);
     shared = std::max<size_t>(shared, l.bytes);
   }
   const dim3 grid(2 * ctas, heads);
