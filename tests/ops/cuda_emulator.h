@@ -224,7 +224,7 @@ inline float approximate_reciprocal(float x) { return 1.f / x; }
 inline int uniform_warp_index() { return emulator::current / 32; }
 inline void prefetch_to_l2(const void* p) {
   static volatile char seen;
-  seen = *static_cast<const char*>(p);  // the guard pages catch addresses outside
+  seen = *static_cast<const char*>(p);  // so that an address outside everything shows
 }
 inline std::function<void()> previous_grid;  // what the kernel before has done when the wait is over
 inline void wait_for_previous_grid() {
