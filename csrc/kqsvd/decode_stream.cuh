@@ -112,9 +112,9 @@ __device__ __noinline__ void issue_chunks(const DecodeParams& p, Slot slot, cons
   for (int c = 0; c < 2; ++c) {
     const int tiles = slot.tiles >> 2 * c & 3;
     const uint8_t* from = p.pages + slot.source[c] * uint64_t{16};
-    if (tiles) bulk_copy(to + 2 * c * tile, from, (aligned && tiles == 3 ? 2 : 1) * tile, done);
+    if (tiles) bulk_copy_once(to + 2 * c * tile, from, (aligned && tiles == 3 ? 2 : 1) * tile, done);
     if (!aligned && tiles == 3)
-      bulk_copy(to + (2 * c + 1) * tile, p.pages + (c ? odd->y : odd->x) * uint64_t{16}, tile, done);
+      bulk_copy_once(to + (2 * c + 1) * tile, p.pages + (c ? odd->y : odd->x) * uint64_t{16}, tile, done);
   }
 }
 
@@ -153,7 +153,7 @@ struct SlotStream {
                   p.rope_table + static_cast<int64_t>(slot.rope_row) * (Cf::kRopeRow / 4), Cf::kRopeBytes, done);
       const uint8_t* from = p.pages + slot.source[0] * uint64_t{16};
       if (Cf::kSecondChunk == 32 && p.block_size % 64 == 0) {
-        if (bytes) bulk_copy(to, from, bytes, done);
+        if (bytes) bulk_copy_once(to, from, bytes, done);
       } else {
         issue_chunks<Cf>(p, slot, odd(generic()) + lane, to, done);
       }

@@ -39,10 +39,6 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {  // the product is exa
   return __floats2half2_rn(x.x * y.x + z.x, x.y * y.y + z.y);
 }
 template <typename T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <typename T>
 void __stcg(T* p, T x) {
   *p = x;
 }
