@@ -174,18 +174,20 @@ def serving_section() -> str:
     full = newest(
         read("serving"), ("device", "model", "format", "tensor_parallel", "input_len", "output_len", "requests")
     )
-    head = ["model", "GPUs", "KV cache", "bits", "KV tokens", "requests", "tokens each", "output tok/s", "of decoding alone"]
+    head = ["model", "GPUs", "KV cache", "bits", "KV tokens", "requests", "tokens each", "output tok/s"]
+    head.append("of decoding alone")
     lines = [
         [
             r["model"], r["tensor_parallel"] or "1", r["format"].replace("auto", "bf16"), number(r["bits"], 2),
-            number(r["kv_tokens"]), r["requests"], f"{r['input_len']} + {r['output_len']}", number(r["tok_s"]), number(r["decode_tok_s"]),
+            number(r["kv_tokens"]), r["requests"], f"{r['input_len']} + {r['output_len']}",
+            number(r["tok_s"]), number(r["decode_tok_s"]),
         ]
         for r in full
     ]  # fmt: skip
     text = (
-        "Requests start with their context in the cache; random weights and bases of the model's shape. The benchmark's "
-        "filling of the cache, which no server does, is part of the time of the output tokens; of decoding alone it is "
-        "taken off, as measured by the same requests with one token each."
+        "Requests start with their context in the cache; random weights and bases of the model's shape. The filling "
+        "of the cache by the benchmark, which no server does, is part of the time of the output tokens; of decoding "
+        "alone it is taken off, as measured by the same requests with one token each."
     )
     return "\n\n".join(["## Throughput at a full cache", text, table(head, lines), provenance(full)])
 

@@ -7,12 +7,13 @@ different powers of two separate a group's planes, the fewer multiplications (`c
 
 Every width has several plans; `kqsvd calibrate` gives each layer the one it loses least with. The lettered ones follow
 the spectra of two models (SmolLM2-135M, Qwen2.5-Coder-1.5B): steep, so that the first group takes 6 to 8 bits and the
-last few none. At 64 x 8k on an H100 (one run, before the two-kernel decode) they took as long as their plain ones within
-2.5 %: d128_b82 160 us, a 164, b 161; d128_b130 220, a 225, b 224. Instructions of
-their main loops per latent element (`python -m tests.ops.decode_sass`, nvcc 13.0, 4 columns, rope blocks of 32):
-d128_b130 1.55, a 2.03, b 2.07; d128_b98 1.93, a 1.78; d128_b82 1.67, a 1.82, b 1.96; d128_b66 1.63, a 1.86;
-d64_b50 2.33, d64_b42b 2.27 (those of b98, b66, d64 and the letters b before the last change). The budget is 2.0, or the kernel's own figure (`tests/ops/decode_sass.py`); the tests hold
-d128_b82 and d64_b66 with 8 columns and blocks of 64, which they compile anyway.
+last few none. At 64 x 8k on an H100 (one run, before the two-kernel decode) they took as long as their plain ones
+within 2.5 %: d128_b82 160 us, a 164, b 161; d128_b130 220, a 225, b 224. Instructions of their main loops per latent
+element (`python -m tests.ops.decode_sass`, nvcc 13.0, 4 columns, rope blocks of 32): d128_b130 1.55, a 2.03, b 2.07;
+d128_b98 1.93, a 1.78; d128_b82 1.67, a 1.82, b 1.96; d128_b66 1.63, a 1.86; d64_b50 2.33, d64_b42b 2.27 (b98, b66,
+d64 and the letters b: before the last change). The budget is 2.0, or the kernel's own figure
+(`tests/ops/decode_sass.py`); the tests hold d128_b82 and d64_b66 with 8 columns and blocks of 64, which they compile
+anyway.
 
 `python -m vllm_kqsvd.plan_catalog csrc` writes csrc/decode_*.cu.
 """
