@@ -39,7 +39,7 @@ def latest(path: Path = RESULTS) -> dict[str, dict[tuple[int, int], dict]]:
     out: dict[str, dict[tuple[int, int], dict]] = {}
     with path.open(newline="") as f:
         for row in csv.DictReader(f):
-            name = name_of(row["format"])
+            name = name_of(row["format"]) if row["command"] != "not recorded" else None  # those are of older kernels
             if name and row["lengths"] == "equal" and row.get("query_len", "1") in ("", "1"):
                 out.setdefault(name, {})[int(row["batch"]), int(row["context"])] = row
     return out

@@ -44,14 +44,13 @@ def attention_time(name: str, bits: float) -> AttentionTime | None:
     if name in formats:
         return AttentionTime(**formats[name])
     known = sorted((AttentionTime(**f) for n, f in formats.items() if n.startswith("kqsvd")), key=lambda f: f.bits)
-    for low, high in zip(known, known[1:], strict=False):
-        if low.bits - REACH <= bits <= high.bits + REACH:
-            t = (bits - low.bits) / (high.bits - low.bits)
-            mixed = (
-                (1 - t) * getattr(low, k) + t * getattr(high, k) for k in ("fixed", "per_1k_tokens", "per_request")
-            )
-            return AttentionTime(bits, *mixed)
-    return None
+    if len(known) < 2 or not known[0].bits - REACH <= bits <= known[-1].bits + REACH:
+        return None
+    pairs = list(zip(known, known[1:], strict=False))
+    low, high = next((pair for pair in pairs if bits <= pair[1].bits), pairs[-1])
+    t = (bits - low.bits) / (high.bits - low.bits)
+    mixed = ((1 - t) * getattr(low, k) + t * getattr(high, k) for k in ("fixed", "per_1k_tokens", "per_request"))
+    return AttentionTime(bits, *mixed)
 
 
 def tokens_per_second(
