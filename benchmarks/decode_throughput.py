@@ -6,9 +6,10 @@
 Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
 decodes `--output-len` more. `tok_s` has the filling of the new requests' blocks in its time (the connector's
 `startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards), which no server does: for
-`decode_tok_s` the same requests also run for one token each, and that time is taken off. Each arm runs in a
-process of its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random
-(`--load-format dummy`): speed depends on shapes alone.
+`decode_tok_s` the same requests also run for one token each, and that time is taken off. `--requests full` runs as
+many as the arm's cache holds at once, no more: every step then reads a full cache. Each arm runs in a process of
+its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random (`--load-format dummy`):
+speed depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -68,11 +69,14 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     llm = LLM(**engine_options(arm, model, options))
     ready = time.perf_counter() - start
     config = llm.llm_engine.vllm_config
+    cache = config.cache_config
+    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
+    requests = options.requests or min(tokens // config.model_config.max_model_len, options.max_num_seqs)
     params = SamplingParams(max_tokens=options.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
     gen = torch.Generator().manual_seed(0)
     prompts = [
         {"prompt_token_ids": torch.randint(10, 100000, (options.input_len,), generator=gen).tolist()}
-        for _ in range(options.requests)
+        for _ in range(requests)
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
     one = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0, detokenize=False)
@@ -83,22 +87,28 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     produced = sum(len(o.outputs[0].token_ids) for o in outputs)
-    cache = config.cache_config
-    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
     decoded = (produced - len(outputs)) / (seconds - filling)
     return {
         "tok_s": round(produced / seconds, 1),
         "decode_tok_s": round(decoded, 1),
+        "requests": requests,
         "kv_tokens": tokens,
         "start_s": round(ready, 1),
     }
+
+
+def request_count(text: str) -> int:
+    """The number of requests; 0 for "full", as many as the cache holds at once."""
+    if text != "full" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of requests nor 'full'")
+    return 0 if text == "full" else int(text)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, requests: int) -> None:
     """Options of `engine_options`, and which arms to run on how many requests."""
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"])
-    parser.add_argument("--requests", type=int, default=requests)
+    parser.add_argument("--requests", type=request_count, default=requests, help="how many, or 'full'")
     parser.add_argument("--input-len", type=int, default=8192)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
@@ -175,7 +185,6 @@ def main() -> None:
                 "tensor_parallel": options.tensor_parallel,
                 "input_len": options.input_len,
                 "output_len": options.output_len,
-                "requests": options.requests,
                 **json.loads(lines[0]),
             }
             append_row(row, options.output)

@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--trace", help="prefix of Chrome traces to write")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if not options.requests:
+        parser.error("--requests takes a number here")
     if options.run_arm:
         print("RESULT " + json.dumps(run_arm(options.run_arm, options.folder, options)), flush=True)
         return
