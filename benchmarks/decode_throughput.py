@@ -7,9 +7,9 @@ Every request starts with `--input-len` tokens already in the cache (vLLM's Deco
 decodes `--output-len` more. `tok_s` has the filling of the new requests' blocks in its time (the connector's
 `startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards), which no server does: for
 `decode_tok_s` the same requests also run for one token each, and that time is taken off. `--requests full` runs as
-many as the arm's cache holds at once, no more: every step then reads a full cache. Each arm runs in a process of
-its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random (`--load-format dummy`):
-speed depends on shapes alone.
+many as the arm's cache holds at once, no more, and `decode_tok_s` is then timed over the steps in which all of them
+decode: every step reads a full cache. Each arm runs in a process of its own with the same memory; rows go to
+benchmarks/results/serving.csv. Weights are random (`--load-format dummy`): speed depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -79,7 +79,19 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
         for _ in range(requests)
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
-    one = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0, detokenize=False)
+    rates = all_at_once(llm, prompts, params) if not options.requests else in_turns(llm, prompts, params)
+    return {
+        **{name: round(rate, 1) for name, rate in rates.items()},
+        "requests": requests,
+        "kv_tokens": tokens,
+        "start_s": round(ready, 1),
+    }
+
+
+def in_turns(llm, prompts: list[dict], params) -> dict[str, float]:
+    """Tokens per second of more requests than the cache may hold, the filling's time taken off the second figure."""
+    one = params.clone()
+    one.max_tokens = 1
     start = time.perf_counter()
     llm.generate(prompts, one, use_tqdm=False)
     filling = time.perf_counter() - start
@@ -87,14 +99,35 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     produced = sum(len(o.outputs[0].token_ids) for o in outputs)
-    decoded = (produced - len(outputs)) / (seconds - filling)
-    return {
-        "tok_s": round(produced / seconds, 1),
-        "decode_tok_s": round(decoded, 1),
-        "requests": requests,
-        "kv_tokens": tokens,
-        "start_s": round(ready, 1),
-    }
+    return {"tok_s": produced / seconds, "decode_tok_s": (produced - len(outputs)) / (seconds - filling)}
+
+
+def all_at_once(llm, prompts: list[dict], params) -> dict[str, float]:
+    """Tokens per second of requests that all fit the cache; the second figure from the step that all run in on."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = params.clone()
+    params.output_kind = RequestOutputKind.DELTA
+    engine = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"request-{i}", prompt, params)
+    produced, running = 0, set()
+    full = steady = 0.0  # seconds from the start, tokens since all run
+    rate = 0.0
+    start = time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter() - start
+        count = sum(len(o.outputs[0].token_ids) for o in outputs)
+        produced += count
+        if full and not rate:
+            steady += count
+            if any(o.finished for o in outputs):
+                rate = steady / (now - full)
+        running |= {o.request_id for o in outputs}
+        if not full and len(running) == len(prompts):
+            full = now
+    return {"tok_s": produced / now, "decode_tok_s": rate}
 
 
 def request_count(text: str) -> int:
