@@ -167,7 +167,7 @@ def append_row(row: dict, path: Path = RESULTS, columns: Sequence[str] = COLUMNS
     """Add one row to a results table, with its header if the file is new."""
     new = not path.exists()
     with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, columns)
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow({k: row.get(k, "") for k in columns})
