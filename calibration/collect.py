@@ -28,7 +28,7 @@ from vllm_kqsvd.calibration.statistics import LayerStatistics, Statistics
 from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
 
 PILOT_TEXTS, PILOT_LENGTH = 16, 128
-_SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 60.0
 _LOGIT_ROWS = 128  # positions whose logits exist at once
 
 
@@ -106,12 +106,14 @@ class Collector:
 
     def start(self, options: dict[str, object]) -> Statistics:
         """Empty statistics with the sink prototypes of a short pilot pass."""
-        texts: list[list[dict[str, torch.Tensor]]] = []
-        for i in range(min(PILOT_TEXTS, max(4, self.options.num_windows))):
+        length = min(PILOT_LENGTH, self.options.window_length)
+
+        def keys_and_values(index: int) -> list[dict[str, torch.Tensor]]:
             seen: list[dict[str, torch.Tensor]] = []
-            length = min(PILOT_LENGTH, self.options.window_length)
-            self._forward(self.corpus.window(i)[:length], self._recorder(seen))
-            texts.append(seen)
+            self._forward(self.corpus.window(index)[:length], self._recorder(seen))
+            return seen
+
+        texts = list(in_order(keys_and_values, range(min(PILOT_TEXTS, max(4, self.options.num_windows))), self.device))
         out = []
         for n, layer in enumerate(self.layers):
             proto: dict[str, Prototypes] = {

@@ -32,4 +32,16 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
   run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
   run(finish_kernel<Cf>, *p, dim3(heads, p->num_requests), 128, sizeof(FinishShared<Cf>));
 }
+
+// How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],
+// ctas_of [head][first, last].
+void cut_lines(int units, int heads, int ctas, int line_heads, int line_ctas, int* ranges, int* heads_of, int* ctas_of) {
+  const Cut cut{units, line_heads, line_ctas};
+  for (int cta = 0; cta < ctas; ++cta) {
+    heads_of[2 * cta] = cut.first_head(cta), heads_of[2 * cta + 1] = cut.last_head(cta);
+    for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head)
+      cut.part_range<1>(cta, 0, head, ranges[2 * (cta * heads + head)], ranges[2 * (cta * heads + head) + 1]);
+  }
+  for (int head = 0; head < heads; ++head) cut.ctas_of(head, ctas_of[2 * head], ctas_of[2 * head + 1]);
+}
 }
