@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -126,8 +125,6 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   p.num_ctas = kqsvd::limits_of(device).multiprocessors;
   p.max_phases = (p.num_kv_heads * p.column_groups + p.num_ctas - 1) / p.num_ctas + 1;
   const int64_t virtual_heads = int64_t{p.num_kv_heads} * p.column_groups;
-  const int lines = std::gcd(static_cast<int>(virtual_heads), p.num_ctas);
-  p.line_heads = static_cast<int>(virtual_heads) / lines, p.line_ctas = p.num_ctas / lines;
   STD_TORCH_CHECK(partials.numel() >= int64_t{p.num_ctas} * instance.parts * p.max_phases * 2 * instance.record_floats &&
                       whole_partials.numel() >= num_requests * virtual_heads * instance.record_floats,
                   "the decode workspace is too small for this step");

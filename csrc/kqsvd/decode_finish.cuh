@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
   const OutputMeans<Cf> means(p, head, warp, lane);
   const bool has_latent = r.first < r.last;
   if (has_latent && warp == 3) {  // the warp with the fewest tokens of the window
-    const Cut cut{p.requests[p.num_requests].unit_begin, p.line_heads, p.line_ctas};
+    const Cut cut{p.requests[p.num_requests].unit_begin, static_cast<int>(gridDim.x), p.num_ctas};
     const int n = list_pieces<Cf>(s.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     if (lane == 0) s.pieces = n;
   }

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
   if (lane == 0) {
-    const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), p.line_heads, p.line_ctas};
+    const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
     *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0, 0, 0, 0, 0};
   }
   __syncwarp();
@@ -153,7 +153,6 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     __syncwarp();
     if (begin >= end) continue;
     stream.begin(p, lane);
-    stream.prefetch(p, lane);
     grid_dependency_wait();  // for the query, and pages of other requests that this step filled
     grid_launch_dependents();  // the finishing blocks may be here early
 #pragma unroll 1

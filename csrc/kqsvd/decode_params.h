@@ -68,7 +68,6 @@ struct DecodeParams {
   float* partials;         // split results, `partial_floats` each
   float* whole_partials;   // [request][virtual head]: results of requests that are not split
   int num_ctas, max_phases;
-  int line_heads, line_ctas;  // see Cut
 };
 
 }  // namespace kqsvd::decode

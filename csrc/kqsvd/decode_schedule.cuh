@@ -1,58 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who computes what. A *virtual head* is a KV head and a group of query columns. Its work is a line of units: the latent
-// positions of each request in turn, four grains a unit. The heads' lines, one after the other, are cut into equal ranges,
-// one per CTA, and those into one part per warpgroup. Everything follows from the request table, so the grid is fixed and
-// nothing is read on the host.
+// positions of each request in turn, four grains a unit. CTAs are dealt to virtual heads; a head's line is cut into equal
+// ranges, one per CTA, and those into one part per warpgroup. Everything follows from the request table, so the grid is
+// fixed and nothing is read on the host.
 #pragma once
 
 #include "decode_params.h"
 
 namespace kqsvd::decode {
 
-// Units that a CTA could do in the time in which it changes from one head to the next: its warpgroups wait for each
-// other, then for the head's constants and first pages.
-constexpr int kSwitchUnits = 5;
-
-// The cut of the heads' lines into CTA ranges and warpgroup parts. `line_heads` heads share `line_ctas` CTAs, as few as go
-// without remainder; between two of their lines lies a gap that costs what the change of head costs.
+// The cut of virtual heads into CTA ranges and warpgroup parts. While there are no more heads than CTAs a CTA serves one
+// head: reloading a head's constants would make its warpgroups wait for each other.
 struct Cut {
   int units;  // of one virtual head
-  int line_heads, line_ctas;
+  int heads, num_ctas;
 
-  __device__ unsigned pitch() const { return max(units + (line_heads > 1 ? kSwitchUnits : 0), 1); }
-  __device__ unsigned length() const { return pitch() * (line_heads - 1) + units; }
-  // Where the range of the CTA begins in its line, `cta` counted in the line.
-  __device__ unsigned bound(unsigned cta) const {
-    const unsigned all = length(), n = line_ctas;
-    return all / n * cta + all % n * cta / n;
-  }
-  // Heads [first, last] that may have units in the CTA's range; none if first > last.
-  __device__ int first_head(int cta) const {
-    const unsigned from = bound(cta % line_ctas), head = from / pitch();
-    return cta / line_ctas * line_heads + min(head + (from >= head * pitch() + units ? 1 : 0), line_heads - 1u);
-  }
-  __device__ int last_head(int cta) const {
-    const unsigned to = max(bound(cta % line_ctas + 1), 1u) - 1;
-    return cta / line_ctas * line_heads + min(to / pitch(), line_heads - 1u);
-  }
+  // First CTA of a head, where CTAs are dealt to heads.
+  __device__ int first_cta(int head) const { return (head * num_ctas + heads - 1) / heads; }
+  __device__ int first_head(int cta) const { return cta * heads / num_ctas; }
+  __device__ int last_head(int cta) const { return heads <= num_ctas ? first_head(cta) : ((cta + 1) * heads - 1) / num_ctas; }
+
   // Units [begin, end) of `head` that belong to warpgroup `part` of `cta`, counted from the head's first unit.
   template <int parts>
   __device__ void part_range(int cta, int part, int head, int& begin, int& end) const {
-    const int origin = head % line_heads * pitch(), k = cta % line_ctas;
-    const int lo = max(static_cast<int>(bound(k)) - origin, 0);
-    const int n = max(min(static_cast<int>(bound(k + 1)) - origin, units) - lo, 0);
+    unsigned lo = 0, n = units;
+    if (heads <= num_ctas) {
+      const unsigned k = cta - first_cta(head), all = first_cta(head + 1) - first_cta(head);
+      lo = units / all * k + units % all * k / all;
+      n = units / all * (k + 1) + units % all * (k + 1) / all - lo;
+    } else {  // in num_ctas-ths of a unit, so that no product overflows
+      const int64_t first = static_cast<int64_t>(units) * heads * cta / num_ctas - static_cast<int64_t>(head) * units;
+      const int64_t last = static_cast<int64_t>(units) * heads * (cta + 1) / num_ctas - static_cast<int64_t>(head) * units;
+      lo = static_cast<unsigned>(max(first, int64_t{0}));
+      n = static_cast<unsigned>(max(min(last, static_cast<int64_t>(units)) - lo, int64_t{0}));
+    }
     begin = lo + n * part / parts;
     end = lo + n * (part + 1) / parts;
   }
-  // CTAs [first, last] that may hold units of `head`, which has some.
+  // CTAs [first, last] that may hold units of `head`.
   __device__ void ctas_of(int head, int& first, int& last) const {
-    const unsigned origin = head % line_heads * pitch();
-    const int cta = head / line_heads * line_ctas;
-    // The last CTA that begins at or before a unit.
-    const auto holder = [&](unsigned unit) {
-      return cta + static_cast<int>((uint64_t{unit + 1} * line_ctas - 1) / length());
-    };
-    first = holder(origin), last = holder(origin + units - 1);
+    if (heads <= num_ctas) {
+      first = first_cta(head), last = first_cta(head + 1) - 1;
+    } else {
+      first = static_cast<int>(static_cast<int64_t>(head) * num_ctas / heads);
+      last = static_cast<int>((static_cast<int64_t>(head + 1) * num_ctas - 1) / heads);
+    }
   }
 };
 

@@ -138,14 +138,6 @@ struct SlotStream {
     slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
   }
 
-  // Asks for the range's first slots to be brought into L2: worth it before the kernel waits for the one before it.
-  __device__ __forceinline__ void prefetch(const DecodeParams& p, int lane) const {
-    constexpr int kAhead = 4;
-    const int bytes = slot.tiles & ~15;
-    if (lane < kAhead && slot.tiles > 0 && Cf::kSecondChunk == 32 && p.block_size % 64 == 0)
-      bulk_prefetch(p.pages + slot.source[0] * uint64_t{16}, bytes);
-  }
-
   // Starts the copies of stream slot n into stage n % 2 (collective over the warp); slots are issued in order from 0.
   // begins_step: n is a multiple of the slots of a step, so rope rows may come with it (and 32 slots are whole steps).
   __device__ __forceinline__ void issue(const DecodeParams& p, unsigned n, int stage, bool begins_step, int lane) {

@@ -35,8 +35,8 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
 
 // How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],
 // ctas_of [head][first, last].
-void cut_lines(int units, int heads, int ctas, int line_heads, int line_ctas, int* ranges, int* heads_of, int* ctas_of) {
-  const Cut cut{units, line_heads, line_ctas};
+void cut_lines(int units, int heads, int ctas, int* ranges, int* heads_of, int* ctas_of) {
+  const Cut cut{units, heads, ctas};
   for (int cta = 0; cta < ctas; ++cta) {
     heads_of[2 * cta] = cut.first_head(cta), heads_of[2 * cta + 1] = cut.last_head(cta);
     for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head)
