@@ -44,8 +44,8 @@ __device__ __forceinline__ void fetch_query(QueryPart* parts, const DecodeParams
   const uint16_t* from = static_cast<const uint16_t*>(p.query) + (first_row + row) * p.query_token_stride +
                          (head * p.heads_per_kv + query_head) * p.query_head_stride;
   if (p.rotary_dim == Cf::D && !p.rotary_interleaved) {  // four neighbours in each half
-    copy_async(shared_u32(&part->re), from + plane);
-    copy_async(shared_u32(&part->im), from + plane + Cf::D / 2);
+    copy_async_8(&part->re, from + plane);
+    copy_async_8(&part->im, from + plane + Cf::D / 2);
   } else {
     uint16_t* to = reinterpret_cast<uint16_t*>(part);
 #pragma unroll 1
@@ -61,7 +61,7 @@ __device__ __forceinline__ void fetch_query(QueryPart* parts, const DecodeParams
 // (im, -re). Lane (g, t) holds planes 16 k + 4 t .. + 3 of column g mod C.
 template <class Cf>
 __device__ __forceinline__ void store_query(uint4* query, const QueryPart* parts, int is_bf16, int thread) {
-  copies_wait();
+  copy_async_wait();
   const int k = thread >> 5, lane = thread & 31;
   if (thread >= Cf::D || lane >= 4 * Cf::C) return;
   const QueryPart part = parts[k * 4 * Cf::C + lane];

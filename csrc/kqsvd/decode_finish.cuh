@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
   KQ_DYNAMIC_SHARED(shared);
   FinishShared<Cf>& s = *reinterpret_cast<FinishShared<Cf>*>(shared);
   constexpr int kBytes = sizeof(s.basis);
-  const uint32_t loaded = shared_u32(&s.loaded);
+  const uint32_t loaded = shared_address(&s.loaded);
   const int vh = blockIdx.x, request = blockIdx.y;
   const int head = p.column_groups == 1 ? vh : vh / p.column_groups, column0 = (vh - head * p.column_groups) * Cf::C;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
     mbarrier_init(loaded, 1);
     proxy_fence();
     mbarrier_expect(loaded, kBytes);
-    bulk_copy(shared_u32(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBytes / 16), kBytes, loaded);
+    bulk_copy(shared_address(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBytes / 16), kBytes, loaded);
   }
   const Request r = p.requests[request];
   const OutputMeans<Cf> means(p, head, warp, lane);
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
     __syncthreads();
   }
   mbarrier_wait(loaded, 0);  // no copy may outlive the block
-  grid_dependency_wait();
-  grid_launch_dependents();
+  wait_for_previous_grid();
+  release_next_grid();
   if (r.num_rows == 0) return;
   const int n = !has_latent ? 0 : s.pieces;
   const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;

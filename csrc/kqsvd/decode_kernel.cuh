@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   KQ_DYNAMIC_SHARED(shared);
   const SharedMap<Cf> map{shared};
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warpgroup = warp >> 2;
-  const uint32_t image_bar = shared_u32(map.image_bar());
+  const uint32_t image_bar = shared_address(map.image_bar());
   const Scratch<Cf> scratch{map.scratch(warpgroup)};
-  SlotStream<Cf> stream{shared_u32(map.ring(warp)), 0, 0, {}};
+  SlotStream<Cf> stream{shared_address(map.ring(warp)), 0, 0, {}};
   Progress* at = reinterpret_cast<Progress*>(map.ring(warp) + Cf::kWarpState + 32);
 
   if (lane < 2) mbarrier_init(stream.bar(lane), 1);
@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   __syncthreads();
   auto load_head = [&](int head) {
     mbarrier_expect(image_bar, Cf::kImageBytes + Cf::kMeanBytes);
-    bulk_copy(shared_u32(map.image()), p.key_image + static_cast<int64_t>(head) * Cf::kImageBytes, Cf::kImageBytes,
+    bulk_copy(shared_address(map.image()), p.key_image + static_cast<int64_t>(head) * Cf::kImageBytes, Cf::kImageBytes,
               image_bar);
-    bulk_copy(shared_u32(map.mean()), p.mean_tile + static_cast<int64_t>(head) * (Cf::kMeanBytes / 16), Cf::kMeanBytes,
+    bulk_copy(shared_address(map.mean()), p.mean_tile + static_cast<int64_t>(head) * (Cf::kMeanBytes / 16), Cf::kMeanBytes,
               image_bar);
   };
   // Neither the constants of this CTA's first head nor the schedule and the block table are written by the kernel before
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     __syncwarp();
     if (begin >= end) continue;
     stream.begin(p, lane);
-    grid_dependency_wait();  // for the query, and pages of other requests that this step filled
-    grid_launch_dependents();  // the finishing blocks may be here early
+    wait_for_previous_grid();  // for the query, and pages of other requests that this step filled
+    release_next_grid();  // the finishing blocks may be here early
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) stream.issue(p, i, i, i % Cf::kSlots == 0, lane);
     Softmax<Cf> acc;
@@ -196,13 +196,13 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       warpgroup_barrier(warpgroup);
       mbarrier_wait(image_bar, (loads - 1) & 1);
       acc.reset();
-      attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_u32(map.image())), item,
+      attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_address(map.image())), item,
                         map.ring(warp));
     }
   }
   mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA
-  grid_dependency_wait();
-  grid_launch_dependents();
+  wait_for_previous_grid();
+  release_next_grid();
 }
 
 }  // namespace kqsvd::decode

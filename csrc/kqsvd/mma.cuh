@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// PTX of the decode kernel: mma.sync, movmatrix, mbarrier, bulk copies and dependent launch.
+// PTX of the decode kernels beside instructions.cuh: movmatrix, mbarrier and bulk copies.
 #ifndef KQSVD_MMA_CUH  // by name, so that a host build can replace it (tests/ops/cuda_decode_emulator.h)
 #define KQSVD_MMA_CUH
 
@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "instructions.cuh"
+
 // Names the dynamic shared memory of the CTA.
 #define KQ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
@@ -15,17 +17,11 @@ namespace kqsvd::decode {
 
 __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                         uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  mma_fp16(c, {a0, a1, a2, a3}, b0, b1);
 }
 __device__ __forceinline__ void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  kqsvd::mma_bf16(c, {a0, a1, a2, a3}, b0, b1);
 }
 
 // Transpose of an 8 x 8 matrix of 16-bit elements spread over a warp.
@@ -66,10 +62,6 @@ __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint3
   return d;
 }
 
-__device__ __forceinline__ uint32_t shared_u32(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
@@ -99,11 +91,6 @@ __device__ __forceinline__ void bulk_copy_once(uint32_t shared, const void* glob
       "l"(global), "r"(bytes), "r"(bar), "l"(kEvictFirst)
       : "memory");
 }
-// 8 bytes; copies of a thread are there for it after copies_wait.
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
@@ -120,11 +107,6 @@ __device__ __forceinline__ int thread_index() {
   int i;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
   return i;
-}
-
-__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void grid_launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace kqsvd::decode

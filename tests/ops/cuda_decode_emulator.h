@@ -46,7 +46,9 @@ void __stcg(T* p, T x) {
 namespace kqsvd::decode {
 
 alignas(1024) inline uint8_t dynamic_shared[240 << 10];
-inline uint32_t shared_u32(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - dynamic_shared); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - dynamic_shared);
+}
 inline void* generic_of(uint32_t at) { return dynamic_shared + at; }
 
 struct Barrier {
@@ -100,8 +102,6 @@ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint3
 inline void bulk_copy_once(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar) {
   bulk_copy(shared, global, bytes, bar);
 }
-inline void copy_async(uint32_t shared, const void* global) { memcpy(dynamic_shared + shared, global, 8); }
-inline void copies_wait() {}
 inline void bulk_prefetch(const void*, uint32_t) {}
 inline void proxy_fence() {}
 inline void warpgroup_barrier(int warpgroup) {
@@ -109,8 +109,6 @@ inline void warpgroup_barrier(int warpgroup) {
 }
 inline void __threadfence() {}
 inline int thread_index() { return threadIdx.x; }
-inline void grid_dependency_wait() {}
-inline void grid_launch_dependents() {}
 
 inline float half_value(uint16_t bits) {
   static const std::vector<float> table = [] {

@@ -35,6 +35,7 @@ struct Warp {
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -66,7 +67,7 @@ inline void rendezvous(int& arrived, int& generation, int count) {
 inline void finish_copies(size_t but) {  // of the thread's groups all but the latest `but`
   std::vector<std::vector<Copy>>& groups = fibers[current].copies;
   while (groups.size() > but) {
-    for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, 16);
+    for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
     groups.erase(groups.begin());
   }
   if (groups.empty()) groups.emplace_back();
@@ -212,10 +213,12 @@ inline void __trap() {
 
 namespace kqsvd {
 
-inline void copy_async_16(void* shared, const void* global) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) __trap();
-  emulator::fibers[emulator::current].copies.back().push_back({shared, global});  // arrives when it is waited for
+inline void copy_async(void* shared, const void* global, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes) __trap();
+  emulator::fibers[emulator::current].copies.back().push_back({shared, global, bytes});  // arrives when it is waited for
 }
+inline void copy_async_16(void* shared, const void* global) { copy_async(shared, global, 16); }
+inline void copy_async_8(void* shared, const void* global) { copy_async(shared, global, 8); }
 inline void copy_async_wait() { emulator::finish_copies(0); }
 inline void copy_async_commit() { emulator::fibers[emulator::current].copies.emplace_back(); }
 inline void copy_async_wait_but_one() { emulator::finish_copies(2); }
