@@ -3,13 +3,13 @@
 
     python -m benchmarks.decode_throughput --arms auto fp8 kqsvd-4 kqsvd-2.5 --requests 192 [--output CSV]
 
-Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and
-decodes `--output-len` more. `tok_s` has the filling of the new requests' blocks in its time (the connector's
-`startup_fill` is of no use here: vLLM's own warm-up writes into the pages afterwards), which no server does: for
-`decode_tok_s` the same requests also run for one token each, and that time is taken off. `--requests full` runs as
-many as the arm's cache holds at once, no more, and `decode_tok_s` is then timed over the steps in which all of them
-decode: every step reads a full cache. Each arm runs in a process of its own with the same memory; rows go to
-benchmarks/results/serving.csv. Weights are random (`--load-format dummy`): speed depends on shapes alone.
+Every request starts with `--input-len` tokens already in the cache (vLLM's DecodeBenchConnector) and decodes
+`--output-len` more; `--requests full` runs as many as the arm's cache holds at once. `tok_s` has the filling of the new
+requests' blocks in its time (the connector's `startup_fill` is of no use here: vLLM's own warm-up writes into the pages
+afterwards), which no server does. `decode_tok_s` has not: where all requests fit at once it is timed over the steps in
+which all of them decode, otherwise the same requests also run for one token each and that time is taken off. Each arm
+runs in a process of its own with the same memory; rows go to benchmarks/results/serving.csv. Weights are random
+(`--load-format dummy`): speed depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     config = llm.llm_engine.vllm_config
     cache = config.cache_config
     tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
-    requests = options.requests or min(tokens // config.model_config.max_model_len, options.max_num_seqs)
+    fit = min(tokens // config.model_config.max_model_len, options.max_num_seqs)
+    requests = options.requests or fit
     params = SamplingParams(max_tokens=options.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
     gen = torch.Generator().manual_seed(0)
     prompts = [
@@ -79,7 +80,7 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
         for _ in range(requests)
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
-    rates = all_at_once(llm, prompts, params) if not options.requests else in_turns(llm, prompts, params)
+    rates = (all_at_once if requests <= fit else in_turns)(llm, prompts, params)
     return {
         **{name: round(rate, 1) for name, rate in rates.items()},
         "requests": requests,

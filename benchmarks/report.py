@@ -187,8 +187,8 @@ def serving_section() -> str:
     text = (
         "Requests start with their context in the cache; random weights and bases of the model's shape. The filling "
         "of the cache by the benchmark, which no server does, is part of the time of the output tokens; of decoding "
-        "alone it is taken off, as measured by the same requests with one token each; where the requests are as many "
-        "as the cache holds (`--requests full`), those tokens are timed over the steps in which all of them run."
+        "alone it is taken off: as measured by the same requests with one token each, or, where the requests are as "
+        "many as the cache holds (`--requests full`), by timing the steps in which all of them run."
     )
     return "\n\n".join(["## Throughput at a full cache", text, table(head, lines), provenance(full)])
 
