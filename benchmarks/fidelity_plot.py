@@ -18,7 +18,8 @@ from benchmarks.fidelity import RESULTS
 def family(row: dict[str, str]) -> str:
     """Method name without its bit width: points of a family are joined by a line."""
     if row["sinks"] == "class":  # ours alone
-        return "vllm_kqsvd" + (" (compiled plans)" if row["method"].endswith("-catalogue") else "")
+        kind = row["method"].rsplit("-", 1)[-1]
+        return "vllm_kqsvd" + {"catalogue": " (compiled plans)", "default": ", default plans"}.get(kind, "")
     return re.sub(r"[-_]\d(bit)?(-g\d+)?(_nc)?(?=$|-all-layers)", "", row["method"])
 
 
@@ -49,6 +50,12 @@ def on_common_texts(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["text"] in common]
 
 
+def by_plans(rows: list[dict]) -> list[dict]:
+    """Rows without the trials that the calibrator's default plans have replaced, where those were measured."""
+    has_default = any(family(row).endswith(", default plans") for row in rows)
+    return [row for row in rows if not (has_default and family(row).endswith("(compiled plans)"))]
+
+
 def main() -> None:
     """Read the table, draw, save."""
     from matplotlib.figure import Figure
@@ -61,17 +68,21 @@ def main() -> None:
     options = parser.parse_args()
     with options.csv.open(newline="") as f:
         rows = on_common_texts([r for r in csv.DictReader(f) if selected(r, options.model, options.context)])
+    rows = by_plans(rows)
+    any_plan = any(family(row).endswith(", default plans") for row in rows)  # what the rows without a mark are then
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = sorted({family(row) for row in rows})
     colors = dict(zip(names, (f"C{i}" for i in range(10)), strict=False))
     for panel, window in zip(panels, (True, False), strict=True):
         for name, found in points(rows, window).items():
+            label = name
             style = {"color": colors.get(name, "olive"), "alpha": 0.7, "marker": "o"}
             if name.startswith("vllm_kqsvd"):
                 style = {"color": "black", "linewidth": 2.5, "marker": "o"}
-                style |= {"linestyle": "--", "linewidth": 1} if name.endswith(")") else {}
-            panel.plot(*zip(*found, strict=True), label=name, **style)
+                label = name + (" (any plan)" if any_plan and name == "vllm_kqsvd" else "")
+                style |= {"linestyle": "--", "linewidth": 1} if label.endswith(")") else {}
+            panel.plot(*zip(*found, strict=True), label=label, **style)
         panel.set(yscale="log", xlabel="stored bits per element of K and V")
         panel.set_title("exact sinks and last 64 tokens" if window else "nothing exact")
         panel.grid(alpha=0.3)
