@@ -14,12 +14,15 @@ from pathlib import Path
 
 from benchmarks.fidelity import RESULTS
 
+OURS = "vllm_kqsvd"
+DEFAULT, TRIAL = f"{OURS}, default plans", f"{OURS} (compiled plans)"
+
 
 def family(row: dict[str, str]) -> str:
     """Method name without its bit width: points of a family are joined by a line."""
     if row["sinks"] == "class":  # ours alone
         kind = row["method"].rsplit("-", 1)[-1]
-        return "vllm_kqsvd" + {"catalogue": " (compiled plans)", "default": ", default plans"}.get(kind, "")
+        return {"catalogue": TRIAL, "default": DEFAULT}.get(kind, OURS)
     return re.sub(r"[-_]\d(bit)?(-g\d+)?(_nc)?(?=$|-all-layers)", "", row["method"])
 
 
@@ -50,12 +53,6 @@ def on_common_texts(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["text"] in common]
 
 
-def by_plans(rows: list[dict]) -> list[dict]:
-    """Rows without the trials that the calibrator's default plans have replaced, where those were measured."""
-    has_default = any(family(row).endswith(", default plans") for row in rows)
-    return [row for row in rows if not (has_default and family(row).endswith("(compiled plans)"))]
-
-
 def main() -> None:
     """Read the table, draw, save."""
     from matplotlib.figure import Figure
@@ -67,9 +64,10 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     with options.csv.open(newline="") as f:
-        rows = on_common_texts([r for r in csv.DictReader(f) if selected(r, options.model, options.context)])
-    rows = by_plans(rows)
-    any_plan = any(family(row).endswith(", default plans") for row in rows)  # what the rows without a mark are then
+        rows = [r for r in csv.DictReader(f) if selected(r, options.model, options.context)]
+    # Where the calibrator's default plans were measured, rows without a mark have any plan, and earlier trials go.
+    has_default = any(family(row) == DEFAULT for row in rows)
+    rows = on_common_texts([r for r in rows if not (has_default and family(r) == TRIAL)])
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = sorted({family(row) for row in rows})
@@ -78,9 +76,9 @@ def main() -> None:
         for name, found in points(rows, window).items():
             label = name
             style = {"color": colors.get(name, "olive"), "alpha": 0.7, "marker": "o"}
-            if name.startswith("vllm_kqsvd"):
+            if name.startswith(OURS):
                 style = {"color": "black", "linewidth": 2.5, "marker": "o"}
-                label = name + (" (any plan)" if any_plan and name == "vllm_kqsvd" else "")
+                label = name + (" (any plan)" if has_default and name == OURS else "")
                 style |= {"linestyle": "--", "linewidth": 1} if label.endswith(")") else {}
             panel.plot(*zip(*found, strict=True), label=label, **style)
         panel.set(yscale="log", xlabel="stored bits per element of K and V")

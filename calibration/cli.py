@@ -7,7 +7,6 @@ import argparse
 import time
 from pathlib import Path
 
-from vllm_kqsvd.calibration.allocator import keep_freed_memory
 from vllm_kqsvd.calibration.basis import BASES
 from vllm_kqsvd.calibration.budget import add_budget, bits_asked
 from vllm_kqsvd.calibration.calibrate import CalibrateOptions, calibrate, keep_statistics, remove_partial
@@ -136,7 +135,6 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"{args.model} is not a Hugging Face model folder (no config.json)")
     check_output(args.output)
     began = time.monotonic()
-    keep_freed_memory()
     if args.statistics:
         projection = solve_again(args.model, args.statistics, options_from(args), args.device)
     else:

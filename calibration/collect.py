@@ -28,7 +28,7 @@ from vllm_kqsvd.calibration.statistics import LayerStatistics, Statistics
 from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
 
 PILOT_TEXTS, PILOT_LENGTH = 16, 128
-_SAVE_SECONDS = 60.0
+_SAVE_SECONDS = 30.0
 _LOGIT_ROWS = 128  # positions whose logits exist at once
 
 

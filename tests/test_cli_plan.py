@@ -175,7 +175,7 @@ def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, di
     return {f["name"]: f for f in json.loads(capsys.readouterr().out)["formats"]}
 
 
-def test_kv_tokens_of_an_h100(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kv_tokens_of_an_h100_within_one_percent(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with SERVING.open(newline="") as f:
         rows = [r for r in csv.DictReader(f) if "decode_throughput" in r["command"] and r["format"] in FORMATS]
     rows = [r for r in rows if r["model"] == "llama-3.1-8b" and "--gpu-memory" not in r["command"]]
@@ -184,10 +184,11 @@ def test_kv_tokens_of_an_h100(llama: Path, capsys: pytest.CaptureFixture[str]) -
         context = int(row["input_len"]) + int(row["output_len"]) + 16
         argv = f"--gpu 80GB --utilization 0.85 --batched-tokens 16k --weights 14.96GB --context {context}".split()
         got = planned([str(llama), *argv], capsys)[FORMATS[row["format"]]]["kv_tokens"]
-        few_graphs = "--requests full" in row["command"]  # which take less memory
-        assert abs(got / int(row["kv_tokens"]) - 1) < (0.02 if few_graphs else 0.01), (
-            f"{row['format']}: {got}, vLLM {row['kv_tokens']}"
-        )
+        more = int(row["kv_tokens"]) / got - 1
+        if "--requests full" in row["command"]:  # CUDA graphs of 8 or 9 sizes leave more memory than vLLM's usual ones
+            assert 0 < more < 0.02, f"{row['format']}: {got}, vLLM {row['kv_tokens']}"
+        else:
+            assert abs(more) < 0.01, f"{row['format']}: {got}, vLLM {row['kv_tokens']}"
 
 
 def test_speed_is_near_that_of_measured_steps(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
