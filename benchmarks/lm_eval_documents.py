@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local data for lm-eval's tasks in benchmarks/lm_eval, from any text: long documents and passages with a last word.
 
-    python -m benchmarks.lm_eval_documents TEXT... --tokenizer MODEL [--tokens 2048] [--documents 6] [--passages 60]
+    python -m benchmarks.lm_eval_documents TEXT... --tokenizer MODEL [--tokens 2048 ...] [--documents 6] [--passages 60]
 
 Writes build/lm_eval/documents.jsonl and passages.jsonl, where the tasks look for them. Then, once per cache:
 
-    lm_eval --model vllm --tasks kqsvd_last_word,kqsvd_long_document --include_path benchmarks/lm_eval --model_args \\
+    lm_eval --model vllm --tasks kqsvd_last_word,kqsvd_long_document --include_path benchmarks/lm_eval \\
+      --log_samples --output_path build/lm_eval/out/CACHE --model_args \\
       '{"pretrained": "MODEL", "attention_backend": "CUSTOM", "additional_config": {"kqsvd": {"projection": "DIR"}},
         "max_model_len": 2304, "max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": false}'
 
 Steps of 64 tokens make every position read its past from the cache: a prompt in one step attends to itself exactly.
+`python -m benchmarks.lm_eval_results build/lm_eval/out` then makes table rows of all caches.
 """
 
 from __future__ import annotations
@@ -48,15 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a document")
-    parser.add_argument("--documents", type=int, default=6, help="of each text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of a document")
+    parser.add_argument("--documents", type=int, default=6, help="of each text and length")
     parser.add_argument("--passages", type=int, default=60, help="of each text")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     documents, passages = [], []
     for path in args.texts:
         ids = tokenizer(path.read_text())["input_ids"]
-        documents += [{"text": tokenizer.decode(w)} for w in windows(ids, args.tokens, args.documents)]
+        for n in args.tokens:
+            documents += [{"text": tokenizer.decode(w), "tokens": n} for w in windows(ids, n, args.documents)]
         found = (passage(tokenizer.decode(w)) for w in windows(ids, PASSAGE_TOKENS, args.passages))
         passages += [p for p in found if p]
     FOLDER.mkdir(parents=True, exist_ok=True)
