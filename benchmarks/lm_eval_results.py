@@ -53,22 +53,26 @@ def accuracy(samples: Sequence[Sample]) -> tuple[float, float]:
     return mean, math.sqrt(mean * (1 - mean) / max(1, len(samples) - 1))
 
 
-def read(folder: Path) -> tuple[dict[str, list[Sample]], dict]:
-    """Samples by task, documents by length, in the order of the data; and the run's settings."""
-    runs = sorted(folder.rglob("results_*.json"))
-    if len(runs) != 1:
-        raise SystemExit(f"{folder} holds {len(runs)} runs of lm-eval, expected 1; move the others away")
-    found: dict[str, list[Sample]] = {}
+def read(folder: Path) -> tuple[dict[str, dict[int, Sample]], dict]:
+    """Samples by task (documents by length) and number, in the order of the data; and the run's settings.
+
+    A run may be in pieces (`lm_eval --samples`); the same document twice ends with a sentence.
+    """
+    found: dict[str, dict[int, Sample]] = {}
     for path in sorted(folder.rglob("samples_kqsvd_*.jsonl")):
-        for line in sorted(map(json.loads, path.read_text().splitlines()), key=lambda d: int(d["doc_id"])):
+        for line in map(json.loads, path.read_text().splitlines()):
             if "word_perplexity" in line:
                 length = line["doc"].get("tokens")
                 task, one = DOCUMENT, Sample(*map(float, line["word_perplexity"]))
                 task += f", {length} tokens" if length else ""
             else:
                 task, one = WORD, Sample(float(line["perplexity"]), 1.0, float(line["acc"]))
-            found.setdefault(task, []).append(one)
-    return found, json.loads(runs[0].read_text())
+            if found.setdefault(task, {}).setdefault(int(line["doc_id"]), one) is not one:
+                raise SystemExit(f"{folder} holds sample {line['doc_id']} of {task} twice; move the other run away")
+    runs = sorted(folder.rglob("results_*.json"))
+    if not runs:
+        raise SystemExit(f"{folder} holds no results of lm-eval; give its --output_path")
+    return {t: dict(sorted(each.items())) for t, each in found.items()}, json.loads(runs[0].read_text())
 
 
 def command(run: dict) -> str:
@@ -95,12 +99,15 @@ def table(folder: Path, exact: str, origin: dict[str, str]) -> list[dict]:
         dtype = run["config"]["model_args"].get("dtype", "auto")
         versions = f"lm-eval {run['lm_eval_version']}; {origin['versions']}; served in {dtype}"
         marks = []
-        for task, each in sorted(samples.items()):
+        for task, numbered in sorted(samples.items()):
+            each = list(numbered.values())
             if task == WORD:
                 marks.append((task, each, accuracy(each)))
             marks.append((f"{task}, perplexity", each, perplexity(each)))
             if cache != exact:
-                ratio = perplexity(each, reference[task])
+                if list(numbered) != list(reference.get(task, {})):
+                    raise SystemExit(f"{task}: {cache} and {exact} read different samples; run both on the same ones")
+                ratio = perplexity(each, list(reference[task].values()))
                 marks.append((f"{task}, perplexity / uncompressed", each, ratio))
         for task, each, (score, error) in marks:
             found = {"task": task, "samples": len(each), "score": f"{score:.5f}", "standard_error": f"{error:.5f}"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lm_eval_results import Sample, accuracy, perplexity, table
+from benchmarks.lm_eval_results import Sample, accuracy, perplexity, read, table
 
 
 def test_perplexity_and_its_error() -> None:
@@ -74,8 +74,19 @@ def test_rows(tmp_path: Path) -> None:
     assert rows[-1]["versions"] == "lm-eval 0.4.13; vllm 0.33.0; served in auto"
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+def test_a_run_in_pieces_is_joined_and_no_sample_counts_twice(tmp_path: Path) -> None:
     write(tmp_path / "bf16" / "a", 0.0)
-    write(tmp_path / "bf16" / "b", 0.0)
-    with pytest.raises(SystemExit, match="holds 2 runs"):
+    write(tmp_path / "whole", 0.0)
+    other = tmp_path / "bf16" / "b"
+    write(other, 0.0)
+    with pytest.raises(SystemExit, match="twice"):
+        read(tmp_path / "bf16")
+    for path in other.glob("samples*"):
+        rows = map(json.loads, path.read_text().splitlines())
+        path.write_text("".join(json.dumps({**r, "doc_id": r["doc_id"] + 3}) + "\n" for r in rows))
+    whole, both = read(tmp_path / "whole")[0], read(tmp_path / "bf16")[0]
+    assert {t: len(x) for t, x in both.items()} == {t: 2 * len(x) for t, x in whole.items()}
+    with pytest.raises(SystemExit, match="different samples"):
         table(tmp_path, "bf16", {"versions": ""})
+    with pytest.raises(SystemExit, match="no results"):
+        read(tmp_path / "nothing")
