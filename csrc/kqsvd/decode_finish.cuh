@@ -122,27 +122,30 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
   }
 }
 
-template <class Cf>
+template <class Cf, int Parts>
 struct FinishShared {
-  static constexpr int kScratch = kMergeChunk * Cf::C > 128 ? kMergeChunk * Cf::C : 128;
   alignas(128) uint4 basis[Cf::D / 16 * Cf::GV * 32];
-  alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], scratch[kScratch];
+  alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], scratch[4 * Parts * (64 * Parts)];
+  alignas(16) float parts[Parts > 1 ? Parts * Cf::kRecord : 1];
   uint64_t loaded;  // mbarrier of the basis
   int pieces;
   uint16_t list[kMaxPieces];
 };
 
-// Grid: virtual heads x requests; 128 threads. The latent kernel had waited for everything before it when it let this one
+// Grid: virtual heads x requests; 128 * Parts threads: warpgroups that share the pieces of a request, where blocks are so
+// few that one alone would wait for its loads. The latent kernel had waited for everything before it when it let this one
 // start, so the query and the window's pages are there; its own results are waited for as late as possible.
-template <class Cf>
-__global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ DecodeParams p) {
+template <class Cf, int Parts>
+__global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel(const __grid_constant__ DecodeParams p) {
   KQ_DYNAMIC_SHARED(shared);
-  FinishShared<Cf>& s = *reinterpret_cast<FinishShared<Cf>*>(shared);
+  FinishShared<Cf, Parts>& s = *reinterpret_cast<FinishShared<Cf, Parts>*>(shared);
   constexpr int kBytes = sizeof(s.basis);
   const uint32_t loaded = shared_address(&s.loaded);
   const int vh = blockIdx.x, request = blockIdx.y;
   const int head = p.column_groups == 1 ? vh : vh / p.column_groups, column0 = (vh - head * p.column_groups) * Cf::C;
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, part = Parts == 1 ? 0 : warp >> 2;
+  // The next layer's CTAs get ready while these blocks wait: before their own wait they read the schedule and block table.
+  release_next_grid_early();
   if (thread == 0) {
     mbarrier_init(loaded, 1);
     proxy_fence();
@@ -150,29 +153,31 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
     bulk_copy(shared_address(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBytes / 16), kBytes, loaded);
   }
   const Request r = p.requests[request];
-  const OutputMeans<Cf> means(p, head, warp, lane);
+  const OutputMeans<Cf> means(p, head, warp & 3, lane);
   const bool has_latent = r.first < r.last;
-  if (has_latent && warp == 3) {  // the warp with the fewest tokens of the window
+  if (has_latent && warp == 4 * Parts - 1) {  // a warp with the fewest tokens of the window
     const Cut cut{p.requests[p.num_requests].unit_begin, static_cast<int>(gridDim.x), p.num_ctas};
     const int n = list_pieces<Cf>(s.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     if (lane == 0) s.pieces = n;
   }
-  if (r.num_rows > 0 && r.last < r.length) {
-    attend_window<Cf>(s.exact, s.scratch, p, r, request, head, column0, warp, lane);
-  } else {
-    for (int i = thread; i < 2 * Cf::kRecord; i += 128) s.exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
-    __syncthreads();
+  if (part == 0) {
+    if (r.num_rows > 0 && r.last < r.length) {
+      attend_window<Cf>(s.exact, s.scratch, p, r, request, head, column0, warp, lane);
+    } else {
+      for (int i = thread; i < 2 * Cf::kRecord; i += 128) s.exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
+    }
   }
+  __syncthreads();
   mbarrier_wait(loaded, 0);  // no copy may outlive the block
   wait_for_previous_grid();
-  release_next_grid();
   if (r.num_rows == 0) return;
   const int n = !has_latent ? 0 : s.pieces;
   const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;
   const auto record = [&](int i) {
     return n == 0 ? whole : p.partials + static_cast<int64_t>(s.list[i]) * Cf::kRecord;
   };
-  merge_records<Cf>(s.latent, s.scratch, record, !has_latent ? 0 : max(n, 1), thread);
+  merge_records<Cf, Parts>(s.latent, s.parts, s.scratch, record, !has_latent ? 0 : max(n, 1), thread);
+  if (part > 0) return;
   write_output<Cf>(s.latent, s.exact, s.basis, means, p, r, head, column0, warp, lane);
 }
 

@@ -8,6 +8,12 @@
 
 namespace kqsvd::decode {
 
+template <class Cf, int Parts>
+cudaError_t prepare_finish() {
+  return cudaFuncSetAttribute(finish_kernel<Cf, Parts>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(sizeof(FinishShared<Cf, Parts>)));
+}
+
 template <class Cf>
 cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   static bool prepared[64] = {};  // per device; setting the attribute twice is harmless
@@ -18,9 +24,8 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
     if (cudaError_t e = cudaFuncSetAttribute(decode_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              Cf::kSharedBytes))
       return e;
-    if (cudaError_t e = cudaFuncSetAttribute(finish_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(sizeof(FinishShared<Cf>))))
-      return e;
+    if (cudaError_t e = prepare_finish<Cf, 1>()) return e;
+    if (cudaError_t e = prepare_finish<Cf, kFewParts>()) return e;
     if (device < 64) prepared[device] = true;
   }
   cudaLaunchAttribute dependent{};
@@ -34,10 +39,12 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   config.blockDim = dim3(Cf::kThreads);
   config.dynamicSmemBytes = Cf::kSharedBytes;
   if (cudaError_t e = cudaLaunchKernelEx(&config, decode_kernel<Cf>, params)) return e;
-  config.gridDim = dim3(params.num_kv_heads * params.column_groups, params.num_requests);
-  config.blockDim = dim3(128);
-  config.dynamicSmemBytes = sizeof(FinishShared<Cf>);
-  return cudaLaunchKernelEx(&config, finish_kernel<Cf>, params);
+  const int heads = params.num_kv_heads * params.column_groups;
+  const bool few = params.finish_parts > 1;
+  config.gridDim = dim3(heads, params.num_requests);
+  config.blockDim = dim3(few ? 128 * kFewParts : 128);
+  config.dynamicSmemBytes = few ? sizeof(FinishShared<Cf, kFewParts>) : sizeof(FinishShared<Cf, 1>);
+  return cudaLaunchKernelEx(&config, few ? finish_kernel<Cf, kFewParts> : finish_kernel<Cf, 1>, params);
 }
 
 template <class Cf>

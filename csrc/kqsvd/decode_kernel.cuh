@@ -66,11 +66,13 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
   for (; left > 0; left -= Cf::kGrains, at += 4 * Cf::kGrains * Cf::kGrain) {
     const int grains = min(Cf::kGrains, left), base = at + warp * grains * Cf::kGrain;
     const int stage0 = kPairs ? 0 : stream.n & 1;
-    if (base < last) mbarrier_wait(stream.bar(stage0), stream.parity >> stage0 & 1);
+    // Rope rows come with the first slot of a step; those of the first step came with the query.
+    if (base < last && stream.n > 0) mbarrier_wait(stream.bar(stage0), stream.parity >> stage0 & 1);
     uint32_t b[2][2 * (Cf::GK + 1)];
     absorb<Cf>(b, scratch.query(),
                ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
                lane);
+    if (stream.n == 0) stream.issue(p, 1, 1, Cf::kSlots == 1, lane);  // not sooner: see begins in decode_kernel
     float4 zero[2];
     zero_point_terms<Cf>(zero, b, lane);
 #pragma unroll(Cf::kSlots > 2 ? 1 : 2)
@@ -78,7 +80,7 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
       const int stage = kPairs ? s & 1 : stage0;
       const int token = base + s / Cf::kGrainSlots * Cf::kGrain + s % Cf::kGrainSlots * 32;
       if (s / Cf::kGrainSlots < grains && token < last) {
-        if (s > 0) mbarrier_wait(stream.bar(stage), stream.parity >> stage & 1);  // of slot 0: above
+        if (s > 0 || stream.n == 0) mbarrier_wait(stream.bar(stage), stream.parity >> stage & 1);
         process_slot<Cf>(acc, p, scratch, mean_tile, ring + stage * Cf::kSlotBytes, b, zero, token, s % Cf::kGrainSlots,
                          base, s * 2 / Cf::kSlots);
       }
@@ -153,10 +155,6 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     __syncwarp();
     if (begin >= end) continue;
     stream.begin(p, lane);
-    wait_for_previous_grid();  // for the query, and pages of other requests that this step filled
-    release_next_grid();  // the finishing blocks may be here early
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) stream.issue(p, i, i, i % Cf::kSlots == 0, lane);
     Softmax<Cf> acc;
     acc.reset();
 #pragma unroll 1
@@ -169,9 +167,18 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       Item item;
       int request = at->request;
       const bool more = find_item(p, at, Cf::kGrain, request, r, item);
+      const bool begins = at->request == at->none;
+      if (begins) {
+        wait_for_previous_grid();  // for the query, and pages of other requests that this step filled
+        release_next_grid();  // the finishing blocks may be here early
+      }
       if (more) fetch_query<Cf>(scratch.next_query(), p, r.row, r.num_rows, at->head, at->column0, thread & 127);
+      if (begins) {  // first pages behind the query, which else waits for megabytes of them; second pages when it is used
+        stream.fetch_first_rope(p, lane);
+        stream.issue(p, 0, 0, false, lane);
+      }
       if (p.prefetch_window && more && r.unit_end <= at->end && (warp & 3) == 3) prefetch_window(p, r, request, at->head, lane);
-      if (at->request != at->none) {  // the item before
+      if (!begins) {  // the item before
         const Sums sums{
             {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
         const int g = lane >> 2;
@@ -193,6 +200,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
                                    at->key_exponent};
       }
       store_query<Cf>(scratch.query(), scratch.next_query(), p.is_bf16, thread & 127);
+      if (begins) proxy_fence();  // bulk copies will follow where the rope rows are
       warpgroup_barrier(warpgroup);
       mbarrier_wait(image_bar, (loads - 1) & 1);
       acc.reset();

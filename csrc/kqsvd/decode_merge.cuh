@@ -144,72 +144,92 @@ __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int m
   return n;
 }
 
-// Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. 128 threads, a row each,
-// with the rows of kAhead records on their way at once. `weights`: shared, kMergeChunk * C floats. Ends with a barrier.
-constexpr int kMergeChunk = 64;
-template <class Cf, class Record>
-__device__ __forceinline__ void merge_records(float* sum, float* weights, Record record, int n, int thread) {
-  constexpr int C = Cf::C, kAhead = 64 / C, kMax = (Cf::kOutRows + 3) * C;
-  const int row = min(thread, Cf::kOutRows - 1), stat = Cf::kOutRows * C + thread, lane = thread & 31;
-  const bool has_stat = thread < 3 * C;
+// Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. A warpgroup is a part; it
+// takes every Parts-th record, a thread a row of it, with the rows of kAhead records on their way at once. `parts`: shared,
+// [Parts][kRecord], where Parts > 1; `weights`: shared, 64 * Parts floats of every warp. All threads of the block; ends with
+// a barrier.
+template <class Cf, int Parts, class Record>
+__device__ __forceinline__ void merge_records(float* sum, float* parts, float* weights, Record record, int n, int thread) {
+  constexpr int C = Cf::C, kAhead = 64 / C, kChunk = Parts * kAhead, kMax = (Cf::kOutRows + 3) * C;
+  static_assert(kChunk <= 64);
+  const int part = Parts == 1 ? 0 : thread >> 7, at = thread & 127, lane = thread & 31;
+  const int row = min(at, Cf::kOutRows - 1), stat = Cf::kOutRows * C + at;
+  const bool has_stat = at < 3 * C;
+  weights += (thread >> 5) * (kChunk * C);
   float top[C], acc[C] = {}, stats = 0.f;
 #pragma unroll
   for (int c = 0; c < C; ++c) top[c] = kEmptyMax;
 #pragma unroll 1
-  for (int start = 0; start < n; start += kAhead) {
+  for (int start = 0; start < n; start += kChunk) {
+    const int count = min(n - start, kChunk);
     float x[kAhead][C], y[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      const float* from = record(min(start + j, n - 1));
+      const bool there = part + Parts * j < count;
+      const float* from = record(start + (there ? part + Parts * j : 0));
 #pragma unroll
-      for (int c = 0; c < C; c += 4)
-        *reinterpret_cast<float4*>(x[j] + c) = __ldcg(reinterpret_cast<const float4*>(from + row * C + c));
-      y[j] = has_stat ? __ldcg(from + stat) : 0.f;
-    }
-    if (start % kMergeChunk == 0) {  // weights of this chunk; every warp finds the maxima for itself
-      const int count = min(n - start, kMergeChunk);
-      float m[2][C];
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int c = 0; c < C; c += 4) {
-          float4 v = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
-          if (lane + 32 * h < count) v = __ldcg(reinterpret_cast<const float4*>(record(start + lane + 32 * h) + kMax + c));
-          m[h][c] = v.x, m[h][c + 1] = v.y, m[h][c + 2] = v.z, m[h][c + 3] = v.w;
-        }
-      if (start > 0) __syncthreads();  // the weights before are used up
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        float high = fmaxf(top[c], fmaxf(m[0][c], m[1][c]));
-#pragma unroll
-        for (int d = 1; d < 32; d <<= 1) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
-        const float keep = exp2_fast(top[c] - high);
-        top[c] = high;
-        acc[c] *= keep;
-        if (thread % C == c) stats *= keep;
-        if (thread < 32) {
-          weights[lane * C + c] = exp2_fast(m[0][c] - high);
-          weights[(lane + 32) * C + c] = exp2_fast(m[1][c] - high);
-        }
+      for (int c = 0; c < C; c += 4) {
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (there) v = __ldcg(reinterpret_cast<const float4*>(from + row * C + c));
+        *reinterpret_cast<float4*>(x[j] + c) = v;
       }
-      __syncthreads();
+      y[j] = there && has_stat ? __ldcg(from + stat) : 0.f;
     }
+    // Every warp finds the maxima and the weights of the chunk for itself.
+    constexpr int kPerLane = kChunk > 32 ? 2 : 1;
+    float m[kPerLane][C];
+#pragma unroll
+    for (int h = 0; h < kPerLane; ++h)
+#pragma unroll
+      for (int c = 0; c < C; c += 4) {
+        float4 v = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
+        if (lane + 32 * h < count) v = __ldcg(reinterpret_cast<const float4*>(record(start + lane + 32 * h) + kMax + c));
+        *reinterpret_cast<float4*>(m[h] + c) = v;
+      }
+    __syncwarp();  // the weights before are used up
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float high = fmaxf(top[c], fmaxf(m[0][c], m[kPerLane - 1][c]));
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
+      const float keep = exp2_fast(top[c] - high);
+      top[c] = high;
+      acc[c] *= keep;
+      if (at % C == c) stats *= keep;
+#pragma unroll
+      for (int h = 0; h < kPerLane; ++h)
+        if (lane + 32 * h < kChunk) weights[(lane + 32 * h) * C + c] = exp2_fast(m[h][c] - high);
+    }
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (start + j >= n) break;
-      const float* w = weights + (start % kMergeChunk + j) * C;
+      if (part + Parts * j >= count) break;
+      const float* w = weights + (part + Parts * j) * C;
 #pragma unroll
       for (int c = 0; c < C; ++c) acc[c] += w[c] * x[j][c];
-      stats += w[thread % C] * y[j];
+      stats += w[at % C] * y[j];
     }
   }
+  float* mine = Parts == 1 ? sum : parts + part * Cf::kRecord;
+  if (at < Cf::kOutRows) {
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    if (thread < Cf::kOutRows) sum[thread * C + c] = acc[c];
-    if (thread == 0) sum[kMax + c] = top[c];
+    for (int c = 0; c < C; ++c) mine[at * C + c] = acc[c];
   }
-  if (has_stat) sum[stat] = stats;
+  if (has_stat) mine[stat] = stats;
+  if (thread == 0) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) sum[kMax + c] = top[c];
+  }
   __syncthreads();
+  if constexpr (Parts > 1) {
+    for (int i = thread; i < kMax; i += 128 * Parts) {
+      float x = 0.f;
+#pragma unroll
+      for (int k = 0; k < Parts; ++k) x += parts[k * Cf::kRecord + i];
+      sum[i] = x;
+    }
+    __syncthreads();
+  }
 }
 
 }  // namespace kqsvd::decode

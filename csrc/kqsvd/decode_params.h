@@ -68,6 +68,24 @@ struct DecodeParams {
   float* partials;         // split results, `partial_floats` each
   float* whole_partials;   // [request][virtual head]: results of requests that are not split
   int num_ctas, max_phases;
+  int finish_parts;        // warpgroups of a finishing block: 1 or kFewParts
 };
+
+constexpr int kFewParts = 4;
+
+// How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
+// no latent CTA: as long as finishing blocks are few, some multiprocessors are left to them, so that they begin early and
+// the next layer's CTAs are not kept waiting.
+struct Grid {
+  int num_ctas, finish_parts;
+};
+inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
+  const int64_t blocks = int64_t{virtual_heads} * num_requests;
+  const bool few = blocks * 11 <= multiprocessors;
+  const int64_t reserved = few ? blocks : blocks * 16 <= multiprocessors * 4 ? (blocks + 3) / 4 : 0;
+  int ctas = static_cast<int>(multiprocessors - reserved);
+  if (reserved > 0) ctas -= ctas % virtual_heads;  // ranges of equal length
+  return {ctas, few ? kFewParts : 1};
+}
 
 }  // namespace kqsvd::decode

@@ -138,6 +138,15 @@ struct SlotStream {
     slot = lay_out<Cf>(p, *state(generic()), odd(generic()), lane);
   }
 
+  // The rope rows of the first step, by the threads themselves: they are there with the query, long before the pages.
+  __device__ __forceinline__ void fetch_first_rope(const DecodeParams& p, int lane) {
+    const int row = __shfl_sync(~0u, slot.rope_row, 0);
+    if (row < 0) return;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.rope_table) + static_cast<int64_t>(row) * Cf::kRopeRow;
+    uint8_t* to = generic() + Cf::kStages * Cf::kSlotBytes;
+    for (int i = 16 * lane; i < Cf::kRopeBytes; i += 512) copy_async_16(to + i, from + i);
+  }
+
   // Starts the copies of stream slot n into stage n % 2 (collective over the warp); slots are issued in order from 0.
   // begins_step: n is a multiple of the slots of a step, so rope rows may come with it (and 32 slots are whole steps).
   __device__ __forceinline__ void issue(const DecodeParams& p, unsigned n, int stage, bool begins_step, int lane) {

@@ -63,6 +63,14 @@ __device__ __forceinline__ void release_next_grid() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+// The same before this grid's own wait: the next grid may then run beside the one before this. Only where what the next
+// one touches before its wait was written before that one began; its wait lasts until this grid and hence the one before
+// have ended.
+__device__ __forceinline__ void release_next_grid_early() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm(

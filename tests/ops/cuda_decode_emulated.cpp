@@ -30,7 +30,17 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
   run(schedule_kernel<64>, s, dim3(1), 64, 0);
   const int heads = p->num_kv_heads * p->column_groups;
   run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
-  run(finish_kernel<Cf>, *p, dim3(heads, p->num_requests), 128, sizeof(FinishShared<Cf>));
+  const dim3 grid(heads, p->num_requests);
+  if (p->finish_parts == 1)
+    run(finish_kernel<Cf, 1>, *p, grid, 128, sizeof(FinishShared<Cf, 1>));
+  else
+    run(finish_kernel<Cf, kFewParts>, *p, grid, 128 * kFewParts, sizeof(FinishShared<Cf, kFewParts>));
+}
+
+// [latent CTAs, warpgroups of a finishing block]
+void grid(int multiprocessors, int heads, int requests, int* out) {
+  const Grid found = grid_of(multiprocessors, heads, requests);
+  out[0] = found.num_ctas, out[1] = found.finish_parts;
 }
 
 // How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],

@@ -234,6 +234,7 @@ inline void wait_for_previous_grid() {
   emulator::fibers[emulator::current].waited = true;
   if (previous_grid) previous_grid(), previous_grid = nullptr;
 }
+inline void release_next_grid_early() {}
 inline void release_next_grid() {
   if (!emulator::fibers[emulator::current].waited) __trap();
 }

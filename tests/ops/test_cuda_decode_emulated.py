@@ -51,6 +51,7 @@ class DecodeParams(ctypes.Structure):
     _fields_ += [("rotary_dim", I32), ("rotary_interleaved", I32), ("scale_log2", F32), ("soft_cap_log2", F32)]
     _fields_ += [(n, I32) for n in ("sliding_window", "is_bf16", "num_kv_heads", "heads_per_kv", "column_groups")]
     _fields_ += [("partials", P), ("whole_partials", P), ("num_ctas", I32), ("max_phases", I32)]
+    _fields_ += [("finish_parts", I32)]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,7 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     p.heads_per_kv, p.column_groups = case.group, groups
     p.partials, p.whole_partials = partials.data_ptr(), whole_partials.data_ptr()
     p.num_ctas, p.max_phases = NUM_CTAS, phases
+    p.finish_parts = 4 if step.num_reqs == 1 else 1
     lib.decode(ctypes.byref(schedule), ctypes.byref(p))
     window = reference.ExactWindow(t["window_pages"], step.window_block_table, case.window) if case.window else None
     want = reference.attend(
@@ -191,6 +193,16 @@ def test_ctas_share_the_heads_without_gap_or_overlap(library, units: int, heads:
         assert ctas_of[h, 0] <= held[0][2] and held[-1][2] <= ctas_of[h, 1]
     phases = (heads_of[:, 1] - heads_of[:, 0] + 1).max()
     assert phases <= -(-heads // ctas) + 1  # what the workspace has room for
+
+
+@pytest.mark.parametrize(
+    ("heads", "requests", "want"),
+    [(8, 1, (120, 4)), (8, 2, (128, 1)), (8, 4, (120, 1)), (8, 5, (132, 1)), (1, 1, (131, 4)), (8, 256, (132, 1))],
+)
+def test_finishing_blocks_have_multiprocessors_of_their_own_while_they_are_few(library, heads, requests, want) -> None:
+    found = torch.zeros(2, dtype=torch.int32)
+    library(Instance("d64_b34a", 4, 32)).grid(132, heads, requests, pointer(found))
+    assert tuple(found.tolist()) == want
 
 
 def pointer(x: torch.Tensor) -> P:
