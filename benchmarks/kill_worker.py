@@ -23,8 +23,8 @@ LOG = Path("kill_worker.log")
 
 def serve(model: str, projection: str) -> Server:
     """A TP 2 server, to be entered."""
-    arguments = ["--tensor-parallel-size", "2", "--max-model-len", "2048", "--gpu-memory-utilization", "0.3"]
-    arguments += ["--enforce-eager", "--attention-backend", "CUSTOM"]
+    arguments = ["--tensor-parallel-size", "2", "--max-model-len", "2048", "--kv-cache-memory-bytes", "1G"]
+    arguments += ["--gpu-memory-utilization", "0.1", "--enforce-eager", "--attention-backend", "CUSTOM"]
     arguments += ["--additional-config", json.dumps({"kqsvd": {"projection": projection}})]
     return Server(Path(model), arguments, LOG)
 

@@ -58,8 +58,7 @@ def arguments_of(options: argparse.Namespace, projection: Path, on_gpu: bool) ->
     if not options.native:
         found["attention-backend"] = "CUSTOM"
         found["additional-config"] = json.dumps({"kqsvd": {"projection": str(projection)}})
-    if not on_gpu:
-        found["kv-cache-memory-bytes"] = 256 << 20  # of which the pool takes what it needs
+    found["kv-cache-memory-bytes"] = (4 << 30) if on_gpu else (256 << 20)  # of which the pool takes what it needs
     listed = [x for name, value in found.items() for x in (f"--{name}", str(value))]
     # vLLM admits a prompt only when all of it fits, and preempts hardly ever; without that reserve it must
     listed += ["--no-scheduler-reserve-full-isl", "--disable-uvicorn-access-log"]

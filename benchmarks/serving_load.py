@@ -6,6 +6,7 @@
     python -m benchmarks.serving_load --tokenizer DIR --loads trace --trace mooncake_conversation_trace.jsonl
 
 A load is IN/OUTxREQUESTS, all at once, or with @A,B,... at most so many of them at a time: one point of the curve each.
+`tracexN` are N requests of the trace, 150 without a number.
 Without `--folder` the weights are random (`--model` names published shapes) and any tokenizer does. `--together` keeps
 all servers up and lets them take turns, so that a machine whose speed changes treats them alike; it is meant for
 CPUs. Rows go to benchmarks/results/serving_load.csv; `running` is the most requests the server ran at once, `cpu_s`
@@ -65,9 +66,9 @@ class Load:
 
 
 def loads_of(text: str) -> list[Load]:
-    """The loads of "448/64x8@2,4", "8192/1024x96" or "trace"."""
-    if text == "trace":
-        return [Load(0, 0, TRACE_REQUESTS)]
+    """The loads of "448/64x8@2,4", "8192/1024x96", "trace" or "tracex60"."""
+    if trace := re.fullmatch(r"trace(?:x([1-9]\d*))?", text):
+        return [Load(0, 0, int(trace[1] or TRACE_REQUESTS))]
     match = re.fullmatch(r"(\d+)/(\d+)x(\d+)(?:@(\d+(?:,\d+)*))?", text)
     if match is None or "0" in match.groups():
         raise argparse.ArgumentTypeError(f"{text!r} is no load such as 448/64x8@2,4 or 8192/1024x96")
@@ -108,14 +109,14 @@ def bench_command(load: Load, model: Path, port: int, result: Path, options: arg
     return command + (["--max-concurrency", str(load.concurrency)] if load.concurrency else [])
 
 
-def cut_trace(options: argparse.Namespace, folder: Path) -> Path:
-    """The trace's first requests that fit the server's context, as many as the load has."""
+def cut_trace(options: argparse.Namespace, count: int, folder: Path) -> Path:
+    """The trace's first `count` requests that fit the server's context."""
     path, lines = folder / "trace.jsonl", []
     for line in options.trace.open():
         record = json.loads(line)
         if record["input_length"] + record["output_length"] < options.max_model_len - 64:
             lines.append(line)
-        if len(lines) == TRACE_REQUESTS:
+        if len(lines) == count:
             break
     path.write_text("".join(lines))
     return path
@@ -292,7 +293,10 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("."))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if any(not load.input_len for loads in options.loads for load in loads) and not options.trace:
+    traced = {load.requests for loads in options.loads for load in loads if not load.input_len}
+    if len(traced) > 1:
+        parser.error("one load of the trace at a time")
+    if traced and not options.trace:
         parser.error("the load `trace` needs --trace FILE")
     if (options.folder is None) == (options.tokenizer is None):
         parser.error("give --folder MODEL, or --tokenizer DIR for random weights")
@@ -305,8 +309,8 @@ def main() -> None:
             folder = model_folder(options.model, Path(tmp))
             for file in options.tokenizer.glob("tokenizer*"):
                 shutil.copy(file, folder / file.name)
-        if options.trace:
-            options.trace_cut = cut_trace(options, Path(tmp))
+        if traced:
+            options.trace_cut = cut_trace(options, max(traced), Path(tmp))
         measure_all(folder, options)
 
 
