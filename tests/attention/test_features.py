@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.attention.conftest import engine
 from tests.attention.models import write_adapter
@@ -105,3 +106,23 @@ def test_weights_reloaded(llm: Any, native: tuple[list[Run], list[Run]]) -> None
     llm.reset_prefix_cache()
     for a, b in zip(native[0], generate(llm, [PROMPT, LONG]), strict=True):
         assert_agree(a, b, LOSS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sleep_and_wake(tiny: Path) -> None:
+    """vLLM refuses sleep mode on CPUs. Level 2 drops the weights too."""
+    llm: Any
+    options = {"enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.1}
+    with engine(tiny / "model", tiny / "p4", enable_sleep_mode=True, **options) as llm:
+        before = generate(llm, [PROMPT, LONG])
+        llm.sleep(level=1)
+        llm.wake_up()
+        llm.reset_prefix_cache()
+        assert [r.tokens for r in generate(llm, [PROMPT, LONG])] == [r.tokens for r in before]
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+        llm.reset_prefix_cache()
+        assert [r.tokens for r in generate(llm, [PROMPT, LONG])] == [r.tokens for r in before]

@@ -44,7 +44,7 @@ def test_layers(change: dict[str, object], said: str) -> None:
 def engine_config(**change: Any) -> Any:
     """The fields of a VllmConfig that `engine_refusal` reads."""
     parts: dict[str, dict[str, Any]] = {
-        "model_config": {"use_mla": False, "is_encoder_decoder": False, "enable_sleep_mode": False},
+        "model_config": {"use_mla": False, "is_encoder_decoder": False},
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
     }
@@ -60,7 +60,6 @@ def engine_config(**change: Any) -> Any:
     [
         ({"use_mla": True}, "multi-head latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"enable_sleep_mode": True}, "remove the option"),
         ({"decode_context_parallel_size": 2}, "set it to 1"),
         ({"prefill_context_parallel_size": 2}, "set it to 1"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "remove --kv-transfer-config"),

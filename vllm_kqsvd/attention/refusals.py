@@ -78,11 +78,6 @@ def engine_refusal(config: VllmConfig) -> str | None:
             "a KV connector asked for; connectors do not compare projections, so two nodes could exchange pages "
             "that neither can read; remove --kv-transfer-config and --kv-offloading-size"
         )
-    if getattr(model, "enable_sleep_mode", False):
-        return (
-            "--enable-sleep-mode asked for; no test has shown what latent pages and captured graphs are worth after a "
-            f"wake-up; remove the option, {LEAVE_OUT}"
-        )
     if scheduler.disable_hybrid_kv_cache_manager:
         return (
             "--disable-hybrid-kv-cache-manager asked for; the exact recent window is a cache group of its own; "
