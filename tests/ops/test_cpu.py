@@ -68,9 +68,19 @@ def fill(ops, step, gen):
 @pytest.mark.parametrize("frame", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("plan", [((6, 4, 4, 2), (4, 4, 4, 4)), ((4, 2, 2), (3, 3, 3, 3))], ids=["full", "half"])
 def test_cpu_equals_reference(frame, plan):
+    compare(frame, plan)
+
+
+@pytest.mark.parametrize(("soft_cap", "sliding_window"), [(5.0, 0), (0.0, 90), (5.0, 90)])
+def test_soft_cap_and_sliding_window(soft_cap, sliding_window):
+    compare(CASES["page"], ((4, 2, 2), (3, 3, 3, 3)), soft_cap, sliding_window)
+
+
+def compare(frame, plan, soft_cap=0.0, sliding_window=0):
+    """A ragged batch through both implementations."""
     gen = torch.Generator().manual_seed(1)
     codec = random_codec(LayerPlan(side_plan(*plan[0]), side_plan(*plan[1])), heads=2, dim=64, **frame)
-    shape = LayerShape(6, 2, 64, 32, 16, 0.125, torch.float32, 64)
+    shape = LayerShape(6, 2, 64, 32, 16, 0.125, torch.float32, 64, soft_cap, sliding_window)
     fast, slow = (make_layer_ops(codec, shape, torch.device("cpu"), n) for n in ("cpu", "reference"))
     step = ragged_step([1, 200, 77, 64, 130], [1, 3, 77, 1, 9], 32, 16, gen)
     pages, window, key, value = fill(slow, step, gen)
