@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.parallel import in_order
 from vllm_kqsvd.calibration.sinks import Prototypes, find_prototypes
 from vllm_kqsvd.calibration.statistics import LayerStatistics, Statistics
-from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
+from vllm_kqsvd.ops.rope_block import RopeSpec
 
 PILOT_TEXTS, PILOT_LENGTH = 16, 128
 _SAVE_SECONDS = 30.0
@@ -60,18 +60,37 @@ class CollectOptions:
         return self.moment_windows + self.gradient_windows
 
 
+@lru_cache(maxsize=16)
+def _turns(rope: RopeSpec, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of positions 0 .. length - 1, [length, rotary_dim / 2] float32."""
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * rope.inv_freq.to("cpu", torch.float64)
+    return angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32)
+
+
 def before_rope(x: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
-    """R_{-p} x for x [heads, T, d] at positions 0 .. T-1, float32."""
-    at = -torch.arange(x.shape[1], device=x.device)
-    return rotate(x.float().transpose(0, 1), at, rope).transpose(0, 1)
+    """R_{-p} x for x [heads, T, d] at positions 0 .. T-1: a new contiguous float32 tensor, written in one go."""
+    half = rope.inv_freq.numel()
+    x = x.float()
+    out = torch.empty(x.shape, device=x.device)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    if half == 0:
+        return out
+    cos, sin = _turns(rope, x.shape[1], x.device)
+    planes = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rope.interleaved else (slice(half), slice(half, 2 * half))
+    )
+    (re, im), (re_out, im_out) = ([t[..., p] for p in planes] for t in (x, out))
+    torch.mul(re, cos, out=re_out).addcmul_(im, sin)
+    torch.mul(im, cos, out=im_out).addcmul_(re, sin, value=-1)
+    return out
 
 
-def draw_labels(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
-    """One label per row of logits [n, vocabulary] by inverting the distribution function (one random number a row;
-    torch.multinomial draws one per entry, which costs as much as the layers' backward pass)."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    at = torch.rand(len(logits), 1, generator=gen, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at)[:, 0].clamp_max(logits.shape[-1] - 1)
+def draw_labels(p: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
+    """One label per row of probabilities [n, vocabulary] by inverting the distribution function (one random number a
+    row; torch.multinomial draws one per entry, which costs as much as the layers' backward pass)."""
+    cumulative = p.cumsum(-1)
+    at = torch.rand(len(p), 1, generator=gen, device=p.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at)[:, 0].clamp_max(p.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -81,9 +100,8 @@ def output_gradient(hidden: torch.Tensor, head: nn.Linear, gen: torch.Generator)
     out = torch.empty_like(hidden)
     for start in range(0, len(hidden), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
-        logits = head(hidden[rows]).float()
-        labels = draw_labels(logits, gen)
-        p = logits.softmax(-1)
+        p = head(hidden[rows]).float().softmax(-1)
+        labels = draw_labels(p, gen)
         p.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=p.dtype))
         out[rows] = p.to(hidden.dtype) @ head.weight
     return out
@@ -211,7 +229,7 @@ class Collector:
                 return
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
             with torch.no_grad():
-                labels = draw_labels(logits, gen)
+                labels = draw_labels(logits.softmax(-1), gen)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 
     @cached_property

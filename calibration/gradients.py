@@ -16,19 +16,22 @@ import torch
 GradientCallback = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-STRIP = 128  # query rows worked on at once: what they see of the past fits a core's cache
+STRIP = 64  # query rows worked on at once: what they see of the past stays near the core
 
 
 def _logits(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, soft_cap: float, first: int = 0
 ) -> torch.Tensor:
-    """Masked logits of one KV head: q [g, n, d] standing at `first`, k [t, d] from position 0 -> [g, n, t]."""
-    s = torch.matmul(q, k.T) * scale
+    """Masked logits of KV heads: q [H, g, n, d] standing at `first`, k [H, t, d] from position 0 -> [H, g, n, t]."""
+    heads, group, rows, _ = q.shape
+    s = torch.bmm((q * scale).flatten(1, 2), k.mT).view(heads, group, rows, -1)
     if soft_cap:
         s = soft_cap * torch.tanh(s / soft_cap)
-    if mask is None:
-        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu_(first + 1)
-        return s.masked_fill_(future, float("-inf"))
+    if mask is None:  # only the rows' own positions hold some of the future
+        own = s[..., first:]
+        future = torch.ones(own.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        own.masked_fill_(future, float("-inf"))
+        return s
     return s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask
 
 
@@ -48,38 +51,36 @@ def attention_gradients(
     q, grad [Hq, T, d]; k, v [H, T, d]; mask [T, T] bool (True: attend) or additive, None: causal.
     """
     heads, length = k.shape[0], k.shape[1]
-    group = q.shape[0] // heads
-    dq = torch.empty_like(q)
-    dk, dv, dk_far, dv_far = (torch.zeros_like(x) for x in (k, v, k, v))
-    for h in range(heads):
-        rows = slice(h * group, (h + 1) * group)
-        for start in range(0, length, STRIP):
-            end = min(start + STRIP, length)
-            seen = end if mask is None else length
-            queries, out = q[rows, start:end], grad[rows, start:end]
-            s = _logits(queries, k[h, :seen], None if mask is None else mask[start:end], scale, soft_cap, start)
-            p = s.softmax(-1)
-            ds = torch.matmul(out, v[h, :seen].T)
-            ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
-            if soft_cap:
-                ds.mul_(1 - (s.masked_fill(p == 0, 0.0) / soft_cap).square())
-            ds.mul_(scale)
-            dq[rows, start:end] = torch.matmul(ds, k[h, :seen])
-            # Columns before `mixed` are far from every query of the strip, later ones from some.
-            mixed = max(0, start - window + 1)
-            at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(mixed, seen, device=q.device)
-            far = (at >= window).to(q.dtype)
-            for weights, x, whole, distant in ((ds, queries, dk, dk_far), (p, out, dv, dv_far)):
-                part = _to_keys(weights, x)
-                whole[h, :seen] += part
-                distant[h, :mixed] += part[:mixed]
-                distant[h, mixed:seen] += _to_keys(weights[..., mixed:] * far, x)
-    return dq, dk, dv, dk_far, dv_far
-
-
-def _to_keys(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """sum over a group's heads and queries: weights [g, n, t], x [g, n, d] -> [t, d]."""
-    return weights.flatten(0, 1).T @ x.reshape(-1, x.shape[-1])
+    k, v = k.contiguous(), v.contiguous()
+    q, grad = (x.unflatten(0, (heads, -1)) for x in (q, grad))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk_near, dv_near, dk_far, dv_far = (torch.zeros_like(k) for _ in range(4))
+    for start in range(0, length, STRIP):
+        end = min(start + STRIP, length)
+        seen = end if mask is None else length
+        queries, out = q[:, :, start:end], grad[:, :, start:end]
+        s = _logits(queries, k[:, :seen], None if mask is None else mask[start:end], scale, soft_cap, start)
+        queries, out = queries.flatten(1, 2), out.flatten(1, 2)
+        p = s.softmax(-1).flatten(1, 2)
+        ds = torch.bmm(out, v[:, :seen].mT)
+        ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
+        if soft_cap:
+            ds.mul_(1 - (s.flatten(1, 2).masked_fill(p == 0, 0.0) / soft_cap).square())
+        queries = queries * scale
+        dq[:, :, start:end] = torch.bmm(ds, k[:, :seen]).mul_(scale).view_as(dq[:, :, start:end])
+        # Columns before `mixed` are far from every query of the strip, those from `near` on from none.
+        mixed, near = max(0, start - window + 1), max(0, end - window)
+        at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(mixed, near, device=q.device)
+        far = (at >= window).to(q.dtype).repeat(q.shape[1], 1)
+        for weights, x, close, distant in ((ds, queries, dk_near, dk_far), (p, out, dv_near, dv_far)):
+            if mixed:
+                distant[:, :mixed].baddbmm_(weights[..., :mixed].mT, x)
+            if mixed < near:
+                part = weights[..., mixed:near] * far
+                distant[:, mixed:near].baddbmm_(part.mT, x)
+                weights[..., mixed:near].sub_(part)
+            close[:, mixed:seen].baddbmm_(weights[..., mixed:].mT, x)
+    return dq.flatten(0, 1), dk_near + dk_far, dv_near + dv_far, dk_far, dv_far
 
 
 def _attention(
@@ -95,9 +96,9 @@ def _attention(
             q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale
         )[0]
     out = torch.empty_like(q)
-    for h in range(k.shape[0]):
+    for h in range(k.shape[0]):  # one head at a time: all logits of a window are large
         rows = slice(h * group, (h + 1) * group)
-        out[rows] = torch.matmul(_logits(q[rows], k[h], mask, scale, soft_cap).softmax(-1), v[h])
+        out[rows] = torch.matmul(_logits(q[None, rows], k[h : h + 1], mask, scale, soft_cap).softmax(-1)[0], v[h])
     return out
 
 

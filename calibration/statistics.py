@@ -34,8 +34,8 @@ _GRAM_BLOCK = 256  # tokens whose products are added in float32 before float64 t
 def gram(x: torch.Tensor) -> torch.Tensor:
     """x^T x of x [H, n, d] float32 -> [H, d, d] float64: float32 products, float64 sums over blocks of tokens.
 
-    For moments about zero whose mean is not subtracted later; those of keys and values are float64 throughout, because
-    key biases hundreds of times larger than the spread would leave no digits.
+    For moments about zero whose mean is not subtracted later, or of what is left of keys and values without a mean
+    close to theirs: key biases hundreds of times larger than the spread would leave no digits.
     """
     heads, _, dim = x.shape
     whole = x.shape[1] // _GRAM_BLOCK * _GRAM_BLOCK
@@ -71,21 +71,27 @@ class LayerStatistics:
         return ordinary, sink
 
     def add_tokens(self, side: str, x: torch.Tensor, sample: torch.Tensor) -> None:
-        """Keys or values x [H, T, d] of one window; the tokens `sample` [n] are kept as they are."""
+        """Keys or values x [H, T, d] float32 of one window; the tokens `sample` [n] are kept as they are."""
         ordinary, sink = self.classes(side, x)
-        y = (x * ordinary[..., None]).double()
-        self.sums[f"{side}_count"] += ordinary.sum(-1)
-        self.sums[f"{side}_sum"] += y.sum(1)
-        self.sums[f"{side}_gram"] += y.mT @ y
+        mean = self.prototypes[side].mean
+        y = (x - mean[:, None]).mul_(ordinary[..., None])
+        count, total, m = ordinary.sum(-1).double(), y.sum(1, dtype=torch.float64), mean.double()
+        # Back to moments about zero, which merge: sum of (y + m)(y + m)^T.
+        cross = (total + count[:, None] * m / 2)[:, :, None] * m[:, None, :]
+        self.sums[f"{side}_count"] += count
+        self.sums[f"{side}_sum"] += total + count[:, None] * m
+        self.sums[f"{side}_gram"] += gram(y) + cross + cross.mT
         self.sums[f"{side}_sink_count"] += sink.sum(-1)
-        self.sums[f"{side}_sink_sum"] += (x * sink[..., None]).double().sum(1)
+        self.sums[f"{side}_sink_sum"] += (x * sink[..., None]).sum(1, dtype=torch.float64)
         self.samples[f"{side}_samples"].append(x[:, sample].transpose(0, 1).float().cpu())
 
     def add_queries(self, q: torch.Tensor) -> None:
-        """Queries q [Hq, T, d] before RoPE; the heads of a KV head are stacked, not averaged."""
+        """Queries q [Hq, T, d] before RoPE, float32; the heads of a KV head are stacked, not averaged. Overwrites the
+        first positions of q."""
         heads, dim = self.sums["q_gram"].shape[:2]
-        y = q[:, FIRST_ORDINARY:].float().reshape(heads, -1, dim)
-        self.sums["q_count"] += y.shape[1]
+        q[:, :FIRST_ORDINARY] = 0  # in place, for the rest to stay one block of memory
+        y = q.reshape(heads, -1, dim)
+        self.sums["q_count"] += q.shape[0] // heads * max(0, q.shape[1] - FIRST_ORDINARY)
         self.sums["q_gram"] += gram(y)
 
     def add_gradients(self, side: str, grad: torch.Tensor, weight: torch.Tensor) -> None:

@@ -120,8 +120,8 @@ def test_statistics_stream_merge_and_equal_a_batch(llama: Path, text_file: Path)
     batch = torch.cat([x[:, 4:] for x in seen], 1)
     got = whole.layers[1]
     if not bool((got.sums["k_sink_count"] > 0).any()):
-        assert torch.allclose(got.second_moment("k"), batch.mT @ batch / batch.shape[1], rtol=1e-9)
-        assert torch.allclose(got.mean("k"), batch.mean(1), rtol=1e-9, atol=1e-12)
+        assert torch.allclose(got.second_moment("k"), batch.mT @ batch / batch.shape[1], rtol=1e-6, atol=1e-6)
+        assert torch.allclose(got.mean("k"), batch.mean(1), rtol=1e-6, atol=1e-7)
 
 
 def test_windows_at_once_change_no_bit(llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
