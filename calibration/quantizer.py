@@ -29,8 +29,13 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def midrise(z: torch.Tensor, step: torch.Tensor, half_range: torch.Tensor) -> torch.Tensor:
     """Nearest reconstruction value of z: (c + 1/2) step with c = floor(z / step) in [-half_range, half_range - 1]."""
-    code = torch.floor(z / step).clamp_min(-half_range).minimum(half_range - 1)
-    return (code + 0.5) * step
+    code = (z / step).floor_().clamp_(-half_range, half_range - 1)
+    return code.add_(0.5).mul_(step)
+
+
+def squared_error(y: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, half_range: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared error of y * scale: y [N, H, C], scale [N, H, 1] -> [H, C]."""
+    return midrise(y, step, half_range).sub_(y).mul_(scale).square_().mean(0)
 
 
 def voting(variance: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,7 +62,7 @@ def distortion_table(z: torch.Tensor, vote: torch.Tensor) -> torch.Tensor:
         half = torch.full_like(spread, 2.0 ** (bits - 1))
         best = torch.full_like(variance, float("inf"))
         for factor in _TABLE_GRID:
-            error = ((midrise(y, spread * GAUSSIAN_STEP[bits] * factor, half) - y) * scale).square().mean(0)
+            error = squared_error(y, scale, spread * GAUSSIAN_STEP[bits] * factor, half)
             best = torch.minimum(best, error)
         out[..., bits] = best
     # More bits never hurt: the grid's coarseness must not make the allocator believe so.
@@ -75,7 +80,7 @@ def fit_steps(z: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor) -> tuple
     step = spread * centre
     for factor in _STEP_GRID:
         trial = spread * centre * factor
-        error = ((midrise(y, trial, half) - y) * s).square().mean(0)
+        error = squared_error(y, s, trial, half)
         better = error < best
         best, step = torch.where(better, error, best), torch.where(better, trial, step)
     return step, best

@@ -28,7 +28,7 @@ from vllm_kqsvd.errors import CalibrationError
 
 _METADATA_KEY = "kqsvd_statistics"
 _CLIP_SHARE = 0.95  # of a window's tokens keep their gradient energy whole; the rest are cut down to this quantile
-_GRAM_BLOCK = 256  # tokens whose products are added in float32 before float64 takes over
+_BLOCK = 256  # tokens whose products or values are added in float32 before float64 takes over
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -37,11 +37,20 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     For moments about zero whose mean is not subtracted later, or of what is left of keys and values without a mean
     close to theirs: key biases hundreds of times larger than the spread would leave no digits.
     """
-    heads, _, dim = x.shape
-    whole = x.shape[1] // _GRAM_BLOCK * _GRAM_BLOCK
-    blocks = x[:, :whole].reshape(heads, -1, _GRAM_BLOCK, dim)
-    rest = x[:, whole:]
+    blocks, rest = _blocks(x)
     return (blocks.mT @ blocks).sum(1, dtype=torch.float64) + (rest.mT @ rest).double()
+
+
+def token_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of x [H, n, d] float32 -> [H, d] float64, likewise."""
+    blocks, rest = _blocks(x)
+    return blocks.sum(2).sum(1, dtype=torch.float64) + rest.sum(1).double()
+
+
+def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [H, n, d] as whole blocks of tokens [H, blocks, _BLOCK, d] and the rest."""
+    whole = x.shape[1] // _BLOCK * _BLOCK
+    return x[:, :whole].reshape(x.shape[0], -1, _BLOCK, x.shape[-1]), x[:, whole:]
 
 
 class LayerStatistics:
@@ -72,17 +81,18 @@ class LayerStatistics:
 
     def add_tokens(self, side: str, x: torch.Tensor, sample: torch.Tensor) -> None:
         """Keys or values x [H, T, d] float32 of one window; the tokens `sample` [n] are kept as they are."""
+        x = x.contiguous()
         ordinary, sink = self.classes(side, x)
         mean = self.prototypes[side].mean
         y = (x - mean[:, None]).mul_(ordinary[..., None])
-        count, total, m = ordinary.sum(-1).double(), y.sum(1, dtype=torch.float64), mean.double()
+        count, total, m = ordinary.sum(-1).double(), token_sum(y), mean.double()
         # Back to moments about zero, which merge: sum of (y + m)(y + m)^T.
         cross = (total + count[:, None] * m / 2)[:, :, None] * m[:, None, :]
         self.sums[f"{side}_count"] += count
         self.sums[f"{side}_sum"] += total + count[:, None] * m
         self.sums[f"{side}_gram"] += gram(y) + cross + cross.mT
         self.sums[f"{side}_sink_count"] += sink.sum(-1)
-        self.sums[f"{side}_sink_sum"] += (x * sink[..., None]).sum(1, dtype=torch.float64)
+        self.sums[f"{side}_sink_sum"] += token_sum(x * sink[..., None])
         self.samples[f"{side}_samples"].append(x[:, sample].transpose(0, 1).float().cpu())
 
     def add_queries(self, q: torch.Tensor) -> None:
