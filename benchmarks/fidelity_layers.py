@@ -93,28 +93,25 @@ def choose(cost: np.ndarray, size: list[int], total: int) -> list[int]:
 
 
 def read_costs(table: Path, projections: list[Projection]) -> np.ndarray:
-    """KL of every layer alone, [layers, projections]; texts weigh by the inverse of their total, so that none rules.
+    """KL of every layer alone, up to a common factor: [layers, projections].
 
-    What was not measured is extrapolated from the projection of fewest bytes that was, four times less KL a bit.
+    A layer has one sensitivity, the geometric mean over all windows and rates measured for every layer, texts weighed
+    alike, and four times less KL for every bit more: windows agree on layers far better than on the sum.
     """
     with table.open(newline="") as f:
         rows = list(csv.DictReader(f))
     layers = sorted(projections[0].layers)
-    widths = [16 / p.compression_ratio() for p in projections]
-    total = np.zeros(())
-    for text in sorted({r["text"] for r in rows}):
-        every = defaultdict(list)
-        for r in rows:
-            if r["text"] == text:
-                every[int(r["layer"]), r["digest"]].append(float(r["kl"]))
-        found = {key: sum(values) / len(values) for key, values in every.items()}
-        known = [n for n, p in enumerate(projections) if (layers[0], p.digest[:12]) in found]
-        least = min(known, key=lambda n: widths[n])
-        source = [n if n in known else least for n in range(len(projections))]
-        factor = [4.0 ** (widths[s] - w) for s, w in zip(source, widths, strict=True)]
-        cost = np.array([[found[i, projections[s].digest[:12]] for s in source] for i in layers]) * factor
-        total = total + cost / cost[:, least].sum()
-    return np.asarray(total)
+    columns: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for r in rows:
+        columns[r["text"], r["window"], r["digest"]][int(r["layer"])] = np.log(float(r["kl"]))
+    texts = defaultdict(list)
+    for (text, _, _), column in columns.items():
+        if set(column) >= set(layers):
+            one = np.array([column[i] for i in layers])
+            texts[text].append(one - one.mean())
+    sensitivity = np.exp(np.mean([np.mean(found, 0) for found in texts.values()], 0))
+    widths = np.array([16 / p.compression_ratio() for p in projections])
+    return np.asarray(sensitivity[:, None] * 4.0 ** (widths.min() - widths))
 
 
 def mixed(projections: list[Projection], chosen: list[int]) -> Projection:

@@ -55,10 +55,15 @@ def two_projections(folder: Path) -> list[Projection]:
 
 
 def test_costs_and_mixture(tmp_path: Path) -> None:
-    """Windows are averaged, texts weighed alike, an unmeasured projection extrapolated; a mixture is a projection."""
+    """Windows and texts are averaged in logarithms, incomplete columns left out; a mixture is a projection."""
     projections = two_projections(tmp_path)
     table = tmp_path / "table.csv"
-    kl = {("prose", 0): [1.0, 3.0, 6.0], ("prose", 1): [3.0, 5.0, 2.0], ("code", 0): [0.1, 0.1, 0.2]}
+    kl = {
+        ("prose", 0): [1.0, 4.0, 16.0],
+        ("prose", 1): [2.0, 2.0, 2.0],
+        ("code", 0): [0.1, 0.1, 0.1],
+        ("code", 1): [9.0],
+    }
     with table.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
@@ -67,7 +72,7 @@ def test_costs_and_mixture(tmp_path: Path) -> None:
                 digest = projections[1].digest[:12]
                 writer.writerow({"text": text, "window": window, "layer": layer, "digest": digest, "kl": value})
     cost = read_costs(table, projections)
-    assert cost[:, 1] == pytest.approx(np.array([2, 4, 4]) / 10 + np.array([1, 1, 2]) / 4)
+    assert cost[:, 1] == pytest.approx(np.array([0.25, 1, 4]) ** 0.25)
     more_bits = 16 / projections[0].compression_ratio() - 16 / projections[1].compression_ratio()
     assert more_bits > 0
     assert cost[:, 0] == pytest.approx(cost[:, 1] / 4**more_bits)
