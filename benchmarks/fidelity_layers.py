@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
+import platform
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.fidelity import installed, shown
 from vllm_kqsvd.calibration.allocate import plane_bytes
 from vllm_kqsvd.projection import Projection, load_projection, save_projection
 from vllm_kqsvd.verify import load_model
 from vllm_kqsvd.verify_harness import ProjectionCodec, ReadRule, Window, run_windows
 from vllm_kqsvd.verify_text import read_text, text_windows
 
-COLUMNS = "model text context scored window layer bytes digest kl".split()
+COLUMNS = "date device versions command model text context scored window layer bytes digest kl".split()
 Row = tuple[str, str, str, str]  # text, window, layer, digest
 EXACT = 64  # recent tokens read exactly
 
@@ -101,11 +105,14 @@ def read_costs(table: Path, projections: list[Projection]) -> np.ndarray:
     with table.open(newline="") as f:
         rows = list(csv.DictReader(f))
     layers = sorted(projections[0].layers)
-    columns: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    own = {p.digest[:12] for p in projections}
+    columns: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for r in rows:
-        columns[r["text"], r["window"], r["digest"]][int(r["layer"])] = np.log(float(r["kl"]))
+        if r["digest"] in own:
+            column = columns[r["text"], r["context"], r["scored"], r["window"], r["digest"]]
+            column[int(r["layer"])] = np.log(float(r["kl"]))
     texts = defaultdict(list)
-    for (text, _, _), column in columns.items():
+    for (text, *_), column in columns.items():
         if set(column) >= set(layers):
             one = np.array([column[i] for i in layers])
             texts[text].append(one - one.mean())
@@ -137,8 +144,17 @@ def main() -> None:
     model, tokenizer = load_model(options.model, options.device, torch.float32)
     layers = options.layers or sorted(projections[0].layers)
     rows = list(csv.DictReader(options.table.open(newline=""))) if options.table.exists() else []
-    known = {(r["text"], r["window"], r["layer"], r["digest"]) for r in rows}
-    shared = {"model": options.model.name, "context": options.context, "scored": options.scored}
+    length = str(options.context), str(options.scored)
+    known = {(r["text"], r["window"], r["layer"], r["digest"]) for r in rows if (r["context"], r["scored"]) == length}
+    shared = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu {platform.machine()}",
+        "versions": "; ".join(f"{p} {installed(p)}" for p in ("vllm_kqsvd", "torch", "transformers")),
+        "command": "python -m benchmarks.fidelity_layers " + shlex.join(shown(sys.argv[1:])),
+        "model": options.model.name,
+        "context": options.context,
+        "scored": options.scored,
+    }
     with options.table.open("a", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         if not rows:
