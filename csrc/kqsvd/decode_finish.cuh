@@ -160,12 +160,15 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
     const int n = list_pieces<Cf>(s.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     if (lane == 0) s.pieces = n;
   }
-  if (part == 0) {
-    if (r.num_rows > 0 && r.last < r.length) {
+  if (r.num_rows > 0 && r.last < r.length) {
+    if (part == 0) {
       attend_window<Cf>(s.exact, s.scratch, p, r, request, head, column0, warp, lane);
-    } else {
-      for (int i = thread; i < 2 * Cf::kRecord; i += 128) s.exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
+    } else {  // racecheck counts barriers, whichever they are: as many here as in merge_warps
+      for (int i = 0; i < 3; ++i) warpgroup_barrier(part);
     }
+  } else {
+    for (int i = thread; i < 2 * Cf::kRecord; i += 128 * Parts)
+      s.exact[i] = i / Cf::C == Cf::kOutRows + 3 ? kEmptyMax : 0.f;
   }
   __syncthreads();
   mbarrier_wait(loaded, 0);  // no copy may outlive the block
