@@ -16,6 +16,7 @@ import csv
 import datetime
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,14 @@ def command(run: dict) -> str:
     return f"lm_eval --model vllm --tasks {tasks} --include_path benchmarks/lm_eval --model_args '{arguments}'"
 
 
+def recorded_versions(run: dict) -> list[str]:
+    """What lm-eval itself recorded: its version, PyTorch's and transformers', the dtype served in."""
+    torch = re.search(r"PyTorch version: (\S+)", run.get("pretty_env_info", ""))
+    known = [f"lm-eval {run['lm_eval_version']}", f"torch {torch[1]}" if torch else ""]
+    known += [f"transformers {run['transformers_version']}" if run.get("transformers_version") else ""]
+    return [*filter(None, known), f"served in {run['config']['model_args'].get('dtype', 'auto')}"]
+
+
 def table(folder: Path, exact: str, origin: dict[str, str]) -> list[dict]:
     """Rows of every cache in `folder`, the exact one first."""
     reference, _ = read(folder / exact)
@@ -96,8 +105,7 @@ def table(folder: Path, exact: str, origin: dict[str, str]) -> list[dict]:
     rows = []
     for cache in caches:
         samples, run = read(folder / cache)
-        dtype = run["config"]["model_args"].get("dtype", "auto")
-        versions = f"lm-eval {run['lm_eval_version']}; {origin['versions']}; served in {dtype}"
+        versions = "; ".join([origin["versions"], *recorded_versions(run)])
         marks = []
         for task, numbered in sorted(samples.items()):
             each = list(numbered.values())
@@ -122,7 +130,9 @@ def main() -> None:
     parser.add_argument("--exact", required=True, help="folder name of the uncompressed cache")
     parser.add_argument("--model", required=True, help="name of the served model")
     parser.add_argument("--device", required=True, help="what it was served on")
-    parser.add_argument("--versions", required=True, help="of what served it")
+    parser.add_argument(
+        "--versions", required=True, help="of vLLM and the plugin; lm-eval, PyTorch and transformers are recorded"
+    )
     parser.add_argument("--table", type=Path, default=RESULTS)
     parser.add_argument("--dry", action="store_true", help="print the rows, append nothing")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from benchmarks import (
     decode_plot,
     fidelity_plans,
     fidelity_plot,
+    report_tasks,
     robustness_plot,
     serving_plot,
     speed_plot,
@@ -38,7 +39,7 @@ from benchmarks.report_tables import (
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
-SHOWN = {"decode_attention", "fidelity", "robustness", "serving", "serving_load", "store_latent"}
+SHOWN = {"decode_attention", "fidelity", "fidelity_tasks", "robustness", "serving", "serving_load", "store_latent"}
 LONGEST = 40  # rows of a table on the page
 HEADER = """# Results
 
@@ -256,6 +257,7 @@ def main() -> None:
         fidelity_section,
         fidelity_plans.section,
         served_section,
+        report_tasks.section,
         robustness_section,
         store_section,
         other_sections,

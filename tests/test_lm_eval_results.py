@@ -50,7 +50,8 @@ def test_accuracy_has_lm_evals_error() -> None:
 def write(folder: Path, shift: float) -> None:
     folder.mkdir(parents=True)
     settings = {"pretrained": "somewhere/tiny", "additional_config": {"kqsvd": {"projection": "a/b/tiny-4bit"}}}
-    run = {"config": {"model_args": settings}, "configs": {"kqsvd_long_document": {}}, "lm_eval_version": "0.4.13"}
+    run = {"config": {"model_args": settings}, "configs": {"kqsvd_long_document": {}}}
+    run |= {"lm_eval_version": "0.4.13", "pretty_env_info": "PyTorch version: 2.11.0\nIs debug build: False"}
     (folder / "results_2026.json").write_text(json.dumps(run))
     documents = [
         {"doc_id": i, "doc": {"tokens": n}, "word_perplexity": [-n * (2 + shift), n]}
@@ -71,7 +72,7 @@ def test_rows(tmp_path: Path) -> None:
     assert ours["lm-eval long document, 40 tokens, perplexity"] == (2, f"{math.exp(2.01):.5f}")
     assert ours["lm-eval long document, 40 tokens, perplexity / uncompressed"] == (2, "1.01005")
     assert "tiny-4bit" in rows[-1]["command"] and "a/b" not in rows[-1]["command"]
-    assert rows[-1]["versions"] == "lm-eval 0.4.13; vllm 0.33.0; served in auto"
+    assert rows[-1]["versions"] == "vllm 0.33.0; lm-eval 0.4.13; torch 2.11.0; served in auto"
 
 
 def test_a_run_in_pieces_is_joined_and_no_sample_counts_twice(tmp_path: Path) -> None:

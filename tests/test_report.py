@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("matplotlib")
-from benchmarks import report, report_tables, serving_load, serving_plot  # noqa: E402
+from benchmarks import report, report_tables, report_tasks, serving_load, serving_plot  # noqa: E402
 from benchmarks.report_tables import newest, number, pivot, provenance, read, table  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -113,5 +113,23 @@ def test_every_local_link_leads_somewhere() -> None:
 
 
 def test_results_hold_only_known_tables() -> None:
-    assert {"decode_attention", "fidelity", "robustness", "serving", "serving_load", "store_latent"} == report.SHOWN
+    shown = {"decode_attention", "fidelity", "fidelity_tasks", "robustness", "serving", "serving_load", "store_latent"}
+    assert shown == report.SHOWN
     assert all(read(name) for name in report.SHOWN)
+
+
+def test_tasks_are_one_line_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_tables, "RESULTS", tmp_path)
+    assert report_tasks.section() == ""
+    each = {"date": "2026-11-22", "device": "GPU", "versions": "vllm 1", "command": "lm_eval", "model": "m"}
+    scores = [("exact", "humaneval", "0.2"), ("exact", "humaneval", "0.71234"), ("ours", "humaneval", "0.7")]
+    scores += [("ours", "lm-eval long document, 9 tokens, perplexity", "25")]
+    scores += [("ours", "lm-eval long document, 9 tokens, perplexity / uncompressed", "1.00092")]
+    rows = [{**each, "cache": c, "task": t, "samples": 8, "score": s, "standard_error": "0.03"} for c, t, s in scores]
+    with (tmp_path / "fidelity_tasks.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    page = report_tasks.section()
+    assert "| exact | 0.712 ± 0.030 (8) |" in page and "0.200" not in page and "25" not in page
+    assert "| ours | 1.0009 ± 0.0300 (8) |" in page and "long document, 9 tokens, perplexity ratio" in page
