@@ -42,7 +42,7 @@ def measure(
     windows: list[Window],
     projections: list[Projection],
     layers: list[int],
-    known: set[tuple[str, str, str, str]],
+    known: set[Row],
 ) -> Iterator[dict[str, object]]:
     """One row per window, layer and projection: mean KL of the model when this layer alone is coded so.
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from benchmarks.fidelity_tasks import COLUMNS, RESULTS
 
 WORD, DOCUMENT = "lm-eval last word", "lm-eval long document"
+RATIO = ", perplexity / uncompressed"
 
 
 class Sample(NamedTuple):
@@ -116,7 +117,7 @@ def table(folder: Path, exact: str, origin: dict[str, str]) -> list[dict]:
                 if list(numbered) != list(reference.get(task, {})):
                     raise SystemExit(f"{task}: {cache} and {exact} read different samples; run both on the same ones")
                 ratio = perplexity(each, list(reference[task].values()))
-                marks.append((f"{task}, perplexity / uncompressed", each, ratio))
+                marks.append((task + RATIO, each, ratio))
         for task, each, (score, error) in marks:
             found = {"task": task, "samples": len(each), "score": f"{score:.5f}", "standard_error": f"{error:.5f}"}
             rows.append({**origin, "versions": versions, "command": command(run), "cache": cache, **found})

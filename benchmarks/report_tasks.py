@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from benchmarks.lm_eval_results import RATIO
 from benchmarks.report_tables import Row, newest, provenance, read, table
 
-RATIO = ", perplexity / uncompressed"
 TEXT = (
     "Score ± its standard error over problems, passages or documents, in brackets how many. HumanEval is pass@1, RULER "
     "the share of wanted strings of all its tasks, the last word (of passages of 512 tokens) the share of right ones. "
