@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving under load, prompts included: `vllm bench serve` against `vllm serve`, every format under the same loads.
 
-    python -m benchmarks.serving_load --tokenizer DIR --arms auto fp8 kqsvd-4 kqsvd-2.5 --loads 8192/1024x96@8,32,96
+    python -m benchmarks.serving_load --arms auto fp8 kqsvd-4 kqsvd-2.5 --loads 8192/1024x96@8,32,96
     python -m benchmarks.serving_load --folder MODEL --arms auto kqsvd-4=DIR --loads 448/64x8@2,4,8 --kv-memory 24M
-    python -m benchmarks.serving_load --tokenizer DIR --loads trace --trace mooncake_conversation_trace.jsonl
+    python -m benchmarks.serving_load --loads trace --trace mooncake_conversation_trace.jsonl
 
 A load is IN/OUTxREQUESTS, all at once, or with @A,B,... at most so many of them at a time: one point of the curve each.
 `tracexN` are N requests of the trace, 150 without a number.
-Without `--folder` the weights are random (`--model` names published shapes) and any tokenizer does. `--together` keeps
+Without `--folder` the weights are random (`--model` names published shapes), a token is a word. `--together` keeps
 all servers up and lets them take turns, so that a machine whose speed changes treats them alike; it is meant for
 CPUs. Rows go to benchmarks/results/serving_load.csv; `running` is the most requests the server ran at once, `cpu_s`
 the CPU seconds its processes took, `machine_load` the load average while they did.
@@ -21,7 +21,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -277,8 +276,7 @@ def measure_all(model: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b", help="published shapes to serve with random weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; any will do for random weights")
-    parser.add_argument("--folder", type=Path, help="a real model instead, with its own tokenizer")
+    parser.add_argument("--folder", type=Path, help="a real model instead of random weights")
     parser.add_argument("--arms", nargs="+", default=["auto", "fp8", "kqsvd-4", "kqsvd-2.5"], metavar="ARM[=DIR]",
                         help="--kv-cache-dtype, or kqsvd-BITS with its projection folder")  # fmt: skip
     parser.add_argument("--loads", nargs="+", type=loads_of, metavar="LOAD", required=True)
@@ -298,17 +296,14 @@ def main() -> None:
         parser.error("one load of the trace at a time")
     if traced and not options.trace:
         parser.error("the load `trace` needs --trace FILE")
-    if (options.folder is None) == (options.tokenizer is None):
-        parser.error("give --folder MODEL, or --tokenizer DIR for random weights")
-    from benchmarks.shapes import model_folder
+    from benchmarks.shapes import SHAPES, model_folder, write_word_tokenizer
 
     with tempfile.TemporaryDirectory() as tmp:
         if options.folder:
             options.model, folder = options.folder.name, options.folder.resolve()
         else:
             folder = model_folder(options.model, Path(tmp))
-            for file in options.tokenizer.glob("tokenizer*"):
-                shutil.copy(file, folder / file.name)
+            write_word_tokenizer(folder, int(SHAPES[options.model]["vocab_size"]))
         if traced:
             options.trace_cut = cut_trace(options, max(traced), Path(tmp))
         measure_all(folder, options)

@@ -87,6 +87,20 @@ def model_folder(name: str, root: Path) -> Path:
     return folder
 
 
+def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer in which every id is a word of its own.
+
+    Random weights repeat any token they like. In a published tokenizer that may be half a character, or no token at all,
+    and vLLM then decodes the whole answer again for every token, in the server's one thread, in the hope of its end.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
 def random_side(plan: SidePlan, heads: int, dim: int, offsets: int, gen: torch.Generator) -> SideCodec:
     """A coder with orthonormal random bases and unit-variance ranges."""
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=gen))[0][..., : plan.rank]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("matplotlib")
-from benchmarks import report, report_tables, report_tasks, serving_load, serving_plot  # noqa: E402
+from benchmarks import report, report_tables, report_tasks, serving_load, serving_plot, shapes  # noqa: E402
 from benchmarks.report_tables import newest, number, pivot, provenance, read, table  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -91,6 +91,15 @@ def test_what_is_asked_of_vllm(tmp_path: Path) -> None:
         ["--folder", str(tmp_path / "m"), "--arms", f"kqsvd-4={tmp_path}/m", "--loads", "8/8x8"]
     )
     assert line == "python -m benchmarks.serving_load --folder m --arms kqsvd-4=m --loads 8/8x8"
+
+
+def test_random_weights_get_a_tokenizer_of_words(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    shapes.write_word_tokenizer(tmp_path, 64)
+    words = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [5, 63, 5, 0]
+    assert words.encode(words.decode(ids)).ids == ids and words.get_vocab_size() == 64
 
 
 def test_every_figure_names_its_origin() -> None:
