@@ -90,8 +90,8 @@ def model_folder(name: str, root: Path) -> Path:
 def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
     """Write a tokenizer in which every id is a word of its own.
 
-    Random weights repeat any token they like. In a published tokenizer that may be half a character, or no token at all,
-    and vLLM then decodes the whole answer again for every token, in the server's one thread, in the hope of its end.
+    Random weights repeat any token they like. In a published tokenizer that may be half a character, or no token, and
+    vLLM then decodes the whole answer again for every token, in the one thread of the server, in hope of its end.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
