@@ -89,6 +89,15 @@ def test_open_and_check(tmp_path: Path) -> None:
 def test_layers_of_unequal_size() -> None:
     small = LayerPlan(side_plan(2, 2), side_plan(4, 4))
     layers = {i: SimpleNamespace(codec=random_codec(p, heads=1, dim=32)) for i, p in enumerate((PLAN, PLAN, small))}
-    binding.check_equal_pages(Projection(None, {0: layers[0], 1: layers[1]}))  # type: ignore[arg-type, dict-item]
-    with pytest.raises(UnsupportedError, match="equal bytes per layer"):
-        binding.check_equal_pages(Projection(None, layers))  # type: ignore[arg-type]
+    equal = Projection(None, {0: layers[0], 1: layers[1]})  # type: ignore[arg-type, dict-item]
+    mixed = Projection(None, layers)  # type: ignore[arg-type]
+    binding.check_unequal_pages(equal, pipeline_stages=2, native_layers=1)
+    binding.check_unequal_pages(mixed, pipeline_stages=1, native_layers=0)
+    assert binding.mean_bytes(equal) is None
+    assert binding.mean_bytes(mixed) == (2 * PLAN.bytes_per_token + small.bytes_per_token) // 3
+    for stages, beside in ((2, 0), (1, 1)):
+        with pytest.raises(UnsupportedError, match="equal bytes per layer"):
+            binding.check_unequal_pages(mixed, stages, beside)
+    pattern = Projection(None, {0: layers[0], 1: layers[2]})  # type: ignore[arg-type, dict-item]
+    with pytest.raises(UnsupportedError, match="give one layer another size"):
+        binding.check_unequal_pages(pattern, 1, 0)

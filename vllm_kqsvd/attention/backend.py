@@ -72,6 +72,13 @@ class KQSVDBackend(_Pages):
     """Latent pages. Subclasses made by `backend_for` carry the bytes per token of a loaded projection."""
 
     bytes_per_token: int | None = None  # per KV head; None until a projection is bound
+    unequal = False  # whether other layers have other sizes
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Pages of several sizes lie side by side in every block, so that one block table serves all layers."""
+        known = super().supported_kv_cache_layouts()
+        return tuple(x for x in known if x.is_block_outermost) if cls.unequal else known
 
     @staticmethod
     def get_impl_cls() -> type[AttentionImpl]:
@@ -138,13 +145,14 @@ class KQSVDWindowBackend(_Pages):
 
 
 @lru_cache(maxsize=64)
-def backend_for(bytes_per_token: int) -> type[KQSVDBackend]:
-    """The backend class of layers with this many latent bytes per token and KV head.
+def backend_for(bytes_per_token: int, unequal: bool = False) -> type[KQSVDBackend]:
+    """The backend class of layers with this many latent bytes per token and KV head; unequal: others have more or less.
 
     Equal sizes share a class, and all keep one qualified name, so vLLM puts them into one attention group.
     """
     body = {
         "bytes_per_token": bytes_per_token,
+        "unequal": unequal,
         "__module__": KQSVDBackend.__module__,
         "__qualname__": KQSVDBackend.__qualname__,
     }

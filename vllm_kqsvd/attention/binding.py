@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -68,13 +69,27 @@ def check_served_model(projection: Projection, model: ModelConfig) -> None:
     projection.check_model(ModelFingerprint.from_config(model.hf_config, weights))
 
 
-def check_equal_pages(projection: Projection) -> None:
-    """Raise unless every layer has as many bytes per token: vLLM's block pool holds pages of one size."""
-    sizes = {e.codec.plan.bytes_per_token for e in projection.layers.values()}
-    if len(sizes) > 1:
+def mean_bytes(projection: Projection) -> int | None:
+    """Bytes per token and head of a layer on average, rounded down, if layers differ; None if all are equal."""
+    sizes = [e.codec.plan.bytes_per_token for e in projection.layers.values()]
+    return sum(sizes) // len(sizes) if len(set(sizes)) > 1 else None
+
+
+def check_unequal_pages(projection: Projection, pipeline_stages: int, native_layers: int) -> None:
+    """Raise if layers differ in bytes and vLLM could not pack their pages side by side in one block."""
+    sizes = Counter(e.codec.plan.bytes_per_token for e in projection.layers.values())
+    if len(sizes) == 1:
+        return
+    found = f"a projection whose layers take {min(sizes)} to {max(sizes)} bytes per token and head found"
+    if pipeline_stages > 1 or native_layers:
         raise UnsupportedError(
-            f"a projection whose layers take {min(sizes)} to {max(sizes)} bytes per token and head found; vLLM would "
-            "pad all pages to the largest; calibrate with equal bytes per layer (the default)"
+            f"{found}; beside layers that keep vLLM's own cache, and in pipeline stages, vLLM would pad all pages to "
+            "the largest; use a projection with equal bytes per layer"
+        )
+    if len(set(sizes.values())) == 1:
+        raise UnsupportedError(
+            f"{found}, each size in {next(iter(sizes.values()))} layers; vLLM takes that for a repeating pattern and "
+            "splits the windows over half-empty blocks; give one layer another size"
         )
 
 

@@ -97,6 +97,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self._ops: LayerOps | None = None
         self.window_spec: window.WindowSpec  # with the ops
         self._page: tuple[int, int] | None = None
+        self.mean_bytes: int | None = None  # per token and head of a layer on average, where layers differ
         self._bound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -127,7 +128,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         self.name, self.rope_mode, self.digest = name, entry.rope_mode, projection.digest
         self.max_position = entry.max_position
         self.dtype, self.device = act_dtype, next(iter(layer.buffers()), torch.empty(0)).device
-        layer.attn_backend = backend_for(self.codec.plan.bytes_per_token)
+        self.mean_bytes = binding.mean_bytes(projection)
+        layer.attn_backend = backend_for(self.codec.plan.bytes_per_token, self.mean_bytes is not None)
         self.shadow_name = name + window.SUFFIX
         self.shadow = window.WindowShadow(KQSVDWindowBackend, self.num_heads, self.prepare)
         self.layers[self.shadow_name] = self.shadow
@@ -146,7 +148,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         if reason := refusals.rope_refusal(self.model_config, modes):
             raise UnsupportedError(f"vllm_kqsvd: {reason}")
         binding.check_served_model(projection, self.model_config)
-        binding.check_equal_pages(projection)
+        beside = len(native.layers_of(get_current_vllm_config()))
+        binding.check_unequal_pages(projection, get_pp_group().world_size, beside)
         made: dict[Any, Any] = {}
         for name, layer in self.layers.items():
             if isinstance(layer, window.WindowShadow) or isinstance(getattr(layer, "impl", None), KQSVDImpl):
@@ -178,6 +181,8 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         codec, (block_size, page_bytes) = self.codec, self.latent_page()
         assert codec is not None
         token_bytes = self.num_kv_heads * 2 * self.head_size * self.dtype.itemsize
+        if self.mean_bytes is not None:  # windows share one size; together they fit where the latents do
+            page_bytes = self.mean_bytes * self.num_kv_heads * block_size
         size = window.window_block_size(page_bytes, token_bytes, block_size)
         shape = LayerShape(
             self.num_heads, self.num_kv_heads, self.head_size, block_size, size,
@@ -196,7 +201,7 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
             head_size=self.head_size,
             dtype=torch.uint8,
             state_content_bytes=2 * self.head_size * self.dtype.itemsize,
-            page_size_padded=page_bytes,
+            page_size_padded=page_bytes if self.mean_bytes is None else None,
             sliding_window=self.config.window + window.TILE - 1,  # windows start at whole tiles
             max_decode_len=1 + config.num_speculative_tokens,
         )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of unequal bytes in real vLLM on the CPU: pages side by side in one block, one block table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attention.conftest import engine
+from tests.attention.runs import assert_agree, generate, prompt_logprobs, prompt_of
+from vllm_kqsvd.projection import load_projection, save_projection
+
+LOSS = 0.6  # logprob difference that a 4-bit layer between two of 8 bits may cause in this model
+LONG = prompt_of(300, seed=9)
+
+
+@pytest.fixture(scope="module")
+def exact(tiny: Path) -> list[float]:
+    """Logprobs of LONG by vLLM's own backend."""
+    with engine(tiny / "model", None) as llm:
+        return prompt_logprobs(llm, LONG)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path, exact: list[float], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Layers of 8, 4 and 8 bits, prompts read in chunks of 64 tokens, 48 blocks of cache."""
+    folder = tmp_path_factory.mktemp("unequal") / "p"
+    rich, lean = (load_projection(tiny / name) for name in ("p8", "p4"))
+    save_projection(replace(rich, layers={**rich.layers, 1: lean.layers[1]}), folder)
+    with engine(tiny / "model", folder, num_gpu_blocks_override=48) as made:
+        yield made
+
+
+def test_one_latent_group_with_pages_side_by_side(llm: Any) -> None:
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    assert [len(g.layer_names) for g in config.kv_cache_groups] == [3, 3]
+    assert [g.kv_cache_spec.block_size for g in config.kv_cache_groups] == [128, 16]
+    assert llm.llm_engine.vllm_config.cache_config.kv_cache_layout == "BLHNC"
+    block = 2 * 128 * (130 + 66 + 130)
+    assert {(t.block_stride, t.size) for t in config.kv_cache_tensors} == {(block, 48 * block)}
+
+
+def test_report_agrees_with_vllm(llm: Any) -> None:
+    from vllm_kqsvd.attention.report import report_lines, status_of
+
+    config = llm.llm_engine.vllm_config
+    impls = [x.impl for x in config.compilation_config.static_forward_context.values() if hasattr(x, "impl")]
+    lines = "\n".join(report_lines(config, impls, status_of(config, impls, config.cache_config.num_gpu_blocks)))
+    assert f"{config.cache_config.kv_cache_size_tokens:,} instead of" in lines
+    assert "652 bytes instead of 3,072 (4.71x), 6.79 bits per element" in lines
+
+
+def test_chunked_prefill_reads_latents(llm: Any, exact: list[float]) -> None:
+    ours = prompt_logprobs(llm, LONG)
+    difference = [abs(a - b) for a, b in zip(ours, exact, strict=True)]
+    assert max(difference[:127]) < 1e-4  # two chunks: all in the window
+    assert 0 < sum(difference[127:]) / len(difference[127:]) < LOSS / 3
+
+
+def test_prefix_hit_changes_only_time(llm: Any) -> None:
+    prompt = prompt_of(290, seed=1)
+    first, again = generate(llm, [prompt])[0], generate(llm, [prompt])[0]
+    assert (first.cached, again.cached) == (0, 256)
+    assert_agree(first, again, LOSS)
+
+
+def test_preemption_and_resumption(llm: Any) -> None:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    original = scheduler._preempt_request
+    scheduler._preempt_request = lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
+    prompts = [prompt_of(100, seed=200 + n) for n in range(10)]
+    crowd = generate(llm, prompts, max_tokens=60)
+    scheduler._preempt_request = original
+    assert preempted
+    for run, prompt in zip(crowd[-3:], prompts[-3:], strict=True):
+        assert_agree(generate(llm, [prompt], max_tokens=60)[0], run, LOSS)
