@@ -72,3 +72,18 @@ def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
     """||out - ref|| / ||ref|| in float64; NaN counts as infinite."""
     err = (out.double() - ref.double()).norm() / ref.double().norm()
     return float(torch.nan_to_num(err, nan=float("inf")))
+
+
+def side_by_side(pages: torch.Tensor, gap: int) -> torch.Tensor:
+    """A copy of pages [blocks, bytes] as a layer's share of wider blocks: `gap` bytes of others before and behind."""
+    wide = torch.full((pages.shape[0], pages.shape[1] + 2 * gap), 0xA5, dtype=torch.uint8, device=pages.device)
+    wide[:, gap : gap + pages.shape[1]] = pages
+    return wide[:, gap : gap + pages.shape[1]]
+
+
+def gaps_untouched(pages: torch.Tensor, gap: int) -> bool:
+    """Whether nobody has written between the pages of `side_by_side`."""
+    whole = torch.as_strided(
+        pages, (pages.shape[0], pages.stride(0)), (pages.stride(0), 1), pages.storage_offset() - gap
+    )
+    return bool((whole[:, :gap] == 0xA5).all() and (whole[:, gap + pages.shape[1] :] == 0xA5).all())

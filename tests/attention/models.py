@@ -11,7 +11,14 @@ import torch
 from tests.helpers import random_codec, side_plan
 from vllm_kqsvd.codec import SideCodec
 from vllm_kqsvd.plan import LayerPlan
-from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection, rope_settings, save_projection
+from vllm_kqsvd.projection import (
+    LayerEntry,
+    ModelFingerprint,
+    Projection,
+    load_projection,
+    rope_settings,
+    save_projection,
+)
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 64, 512
 
@@ -136,6 +143,13 @@ def write_projection(
             i, f"model.layers.{i}.self_attn", rope_mode, block, rope, position, "random", "random", codec
         )
     save_projection(Projection(fingerprint, entries), folder)
+    return folder
+
+
+def write_unequal(folder: Path, rich: Path, lean: Path) -> Path:
+    """The projection `rich` with the middle one of its three layers from `lean`: layers of unequal bytes."""
+    first, second = load_projection(rich), load_projection(lean)
+    save_projection(replace(first, layers={**first.layers, 1: second.layers[1]}), folder)
     return folder
 
 

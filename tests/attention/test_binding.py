@@ -96,7 +96,7 @@ def test_layers_of_unequal_size() -> None:
     assert binding.mean_bytes(equal) is None
     assert binding.mean_bytes(mixed) == (2 * PLAN.bytes_per_token + small.bytes_per_token) // 3
     for stages, beside in ((2, 0), (1, 1)):
-        with pytest.raises(UnsupportedError, match="equal bytes per layer"):
+        with pytest.raises(UnsupportedError, match="layer-budgets equal"):
             binding.check_unequal_pages(mixed, stages, beside)
     pattern = Projection(None, {0: layers[0], 1: layers[2]})  # type: ignore[arg-type, dict-item]
     with pytest.raises(UnsupportedError, match="give one layer another size"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.attention.conftest import engine
-from tests.attention.models import write_model, write_projection
+from tests.attention.models import write_model, write_projection, write_unequal
 from tests.attention.runs import generate, prompt_of
 from tests.attention.test_processes import tokens_of
 
@@ -33,16 +33,22 @@ ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, object_store_memory=10
 """
 
 
-def prepared(folder: Path, **overrides: object) -> list[list[int]]:
+def prepared(folder: Path, unequal: bool = False, **overrides: object) -> list[list[int]]:
     """Write a model and its projection; tokens of one worker in this process."""
-    write_projection(folder / "p8", write_model(folder / "model", **overrides))
+    model = write_model(folder / "model", **overrides)
+    if unequal:
+        whole, half = (write_projection(folder / f"{bits} bits", model, bits) for bits in (8, 4))
+        write_unequal(folder / "p8", whole, half)
+    else:
+        write_projection(folder / "p8", model)
     with engine(folder / "model", folder / "p8", max_num_batched_tokens=512) as llm:
         return [r.tokens for r in generate(llm, PROMPTS)]
 
 
-def test_three_tensor_parallel_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", ["equal", "unequal"])
+def test_three_tensor_parallel_ranks(tmp_path: Path, layers: str) -> None:
     shape = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 384}
-    alone = prepared(tmp_path, **shape, vocab_size=576)
+    alone = prepared(tmp_path, layers == "unequal", **shape, vocab_size=576)
     options = {**EAGER, "tensor_parallel_size": 3}
     assert tokens_of(tmp_path, options, **SPAWN, VLLM_CPU_OMP_THREADS_BIND="0|1|0") == alone
 

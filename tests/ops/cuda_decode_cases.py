@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.helpers import random_codec
+from tests.helpers import random_codec, side_by_side
 from vllm_kqsvd.layout import layout_of
 from vllm_kqsvd.ops import cuda_library, reference
 from vllm_kqsvd.ops.cuda_decode import CudaDecode
@@ -34,6 +34,7 @@ class Case:
     rotary_dim: int | None = None
     interleaved: bool = False
     sinks: bool = True
+    gap: int = 0  # bytes of other layers before and behind a page
     seed: int = 0
 
 
@@ -57,6 +58,7 @@ def decode_step(case: Case, device: torch.device) -> tuple[Step, dict[str, torch
     pages = torch.randint(
         0, 256, (blocks, layout_of(plan).page_bytes(case.kv_heads, case.block_size)), generator=gen, device=device
     ).to(torch.uint8)
+    pages = side_by_side(pages, case.gap) if case.gap else pages
     window_pages = torch.full(
         (window_blocks, case.kv_heads, case.window_block_size, 2 * head_dim), float("nan"), device=device
     ).to(case.dtype)
@@ -150,6 +152,7 @@ CASES = {
     "fp16": Case(dtype=torch.float16),
     "blocks of 16": Case(block_size=16, window_block_size=16),
     "blocks of 32": Case(block_size=32),
+    "pages side by side": Case(gap=128 * 75),
     "blocks of 64": Case(block_size=64),
     "soft cap": Case(soft_cap=5.0),
     "sliding window": Case(sliding_window=300),

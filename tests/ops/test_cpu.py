@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import random_codec, relative_error, side_plan
+from tests.helpers import gaps_untouched, random_codec, relative_error, side_by_side, side_plan
 from vllm_kqsvd.ops import LayerShape, Step, make_layer_ops
 from vllm_kqsvd.plan import LayerPlan
 
@@ -76,16 +76,28 @@ def test_soft_cap_and_sliding_window(soft_cap, sliding_window):
     compare(CASES["page"], ((4, 2, 2), (3, 3, 3, 3)), soft_cap, sliding_window)
 
 
-def compare(frame, plan, soft_cap=0.0, sliding_window=0):
-    """A ragged batch through both implementations."""
+def test_pages_between_those_of_other_layers():
+    compare(CASES["page"], ((4, 2, 2), (3, 3, 3, 3)), gap=256)
+
+
+def compare(frame, plan, soft_cap=0.0, sliding_window=0, gap=0):
+    """A ragged batch through both implementations; `gap`: bytes of other layers around the pages of the fast one."""
     gen = torch.Generator().manual_seed(1)
     codec = random_codec(LayerPlan(side_plan(*plan[0]), side_plan(*plan[1])), heads=2, dim=64, **frame)
     shape = LayerShape(6, 2, 64, 32, 16, 0.125, torch.float32, 64, soft_cap, sliding_window)
     fast, slow = (make_layer_ops(codec, shape, torch.device("cpu"), n) for n in ("cpu", "reference"))
     step = ragged_step([1, 200, 77, 64, 130], [1, 3, 77, 1, 9], 32, 16, gen)
     pages, window, key, value = fill(slow, step, gen)
+    shared = side_by_side(pages, gap) if gap else pages
+    if gap:
+        slots = step.block_table[2].long()[step.positions[4:81] // 32] * 32 + step.positions[4:81] % 32
+        shared.copy_(torch.zeros(()))
+        fast.store(key[4:81], value[4:81], shared, None, slots, None, step.positions[4:81])
+        assert torch.equal(shared[step.block_table[2].long()[:2]], pages[step.block_table[2].long()[:2]])
+        assert gaps_untouched(shared, gap)
+        shared.copy_(pages)
     query = torch.randn(step.num_tokens, 6, 64, generator=gen)
     out = torch.full((2, step.num_tokens, 6, 64), float("nan"))
-    for ops, o in zip((fast, slow), out, strict=True):
-        ops.attend(query, key, value, pages, window, step, o)
+    for ops, read, o in zip((fast, slow), (shared, pages), out, strict=True):
+        ops.attend(query, key, value, read, window, step, o)
     assert relative_error(out[0], out[1]) < 1e-5

@@ -140,6 +140,7 @@ CASES = {
     "short, empty": Case(lengths=(1, 0, 17, 80, 129), query_lens=(1, 1, 1, 0, 1), kv_heads=1),
     "no window": Case(lengths=(5, 333), window=0, kv_heads=1),
     "blocks of 16": Case(lengths=(400,), block_size=16, window_block_size=16, kv_heads=1),
+    "pages side by side": Case(lengths=(400, 33), kv_heads=1, gap=128 * 75),
     "soft cap, sliding window": Case(lengths=(700,), soft_cap=5.0, sliding_window=300, kv_heads=1),
     "interleaved, partial rotary": Case(lengths=(300,), group=3, interleaved=True, rotary_dim=64, kv_heads=1),
     "fp16": Case(lengths=(500,), dtype=torch.float16, kv_heads=1),

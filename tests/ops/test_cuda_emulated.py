@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import random_codec, relative_error, side_plan
+from tests.helpers import gaps_untouched, random_codec, relative_error, side_by_side, side_plan
 from tests.ops.cuda_cases import CASES, assert_pages_close, paged_rows
 from vllm_kqsvd.layout import TILE
 from vllm_kqsvd.ops import reference
@@ -23,6 +23,7 @@ from vllm_kqsvd.plan import LayerPlan
 ROOT = Path(__file__).parents[2]
 ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # vector accesses trap as they would on a GPU
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+GAP = 128 * 7  # bytes of other layers before and behind a page
 
 
 def cuda_headers() -> Path | None:
@@ -151,7 +152,7 @@ def run_store(lib, codec, key, value, pages, slots, positions, block_size, windo
 def test_store_equals_reference(emulated, case, many):
     codec = case.codec()
     rows = paged_rows(case, 70 if many else 21, seed=5)
-    expected, pages = rows.pages.clone(), rows.pages.clone()
+    expected, pages = rows.pages.clone(), side_by_side(rows.pages, GAP)  # other layers' pages lie between
     window, exact = rows.window.clone(), rows.window.clone()
     run_store(
         emulated,
@@ -173,6 +174,7 @@ def test_store_equals_reference(emulated, case, many):
     )
     store_exact(rows.key, rows.value, exact, rows.window_slots)
     assert torch.equal(window, exact)
+    assert gaps_untouched(pages, GAP)
     assert_pages_close(pages, expected, rows, exact64, case.block_size)
 
 
@@ -228,6 +230,7 @@ def test_dequantize_equals_reference(emulated, case):
     table = torch.randperm(4 * width, generator=gen).view(4, width).int()
     near = torch.randperm(4 * (400 // near_size), generator=gen).view(4, -1).int()
     pages = torch.randint(0, 256, (4 * width, codec.layout.page_bytes(case.heads, size)), generator=gen).byte()
+    pages = side_by_side(pages, GAP)
     window = torch.randn(near.numel(), case.heads, near_size, 2 * case.dim, generator=gen).to(case.dtype)
     spans = [(2, 0, 37, 16), (0, 64, 69, 0), (3, 128, 320, 256)]  # table row, first, end, exact from
     row_start = torch.tensor([0, *torch.tensor([e - f for _, f, e, _ in spans]).cumsum(0).tolist()])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from tests.helpers import random_codec, relative_error, side_plan
+from tests.helpers import gaps_untouched, random_codec, relative_error, side_by_side, side_plan
 from tests.ops.test_cpu import fill, ragged_step
 from vllm_kqsvd.ops import LayerShape
 from vllm_kqsvd.ops.eager import ReferenceOps
@@ -128,6 +128,7 @@ def test_attention(case, monkeypatch):
         window.transpose(1, 2)[~read] = float("nan")
     else:
         window = None
+    pages = side_by_side(pages, 384)  # as in blocks that hold several layers
     query = torch.randn(step.num_tokens, case.heads * case.group, case.dim, generator=gen).to(case.dtype)
     expected = attend(reference, torch.device("cpu"), query, key, value, pages, window, step, torch.float64)
     out = attend(ops, DEVICE, query, key, value, pages, window, to_device(step), case.dtype)
@@ -152,11 +153,11 @@ def test_store(case):
     slots[3] = slots[n - 1] = -1
     positions = torch.randint(0, 100_000, (n,), generator=gen)
     expected, found = (pages.clone(), window.clone()), (pages.to(DEVICE), window.to(DEVICE))
-    if DEVICE.type == "cpu":
-        found = (pages.clone(), window.clone())
+    found = (side_by_side(found[0], 384), found[1].clone())
     reference.store(key, value, *expected, slots, slots, positions)
     ops.store(*(x.to(DEVICE) for x in (key, value)), *found, *(x.to(DEVICE) for x in (slots, slots, positions)))
     assert torch.equal(found[1].cpu(), expected[1])
+    assert gaps_untouched(found[0], 384)
     untouched = expected[0] == pages
     different = (found[0].cpu() != expected[0]).sum() / (~untouched).sum()
     assert different < 2e-3  # a latent on the border of two codes may round either way

@@ -84,7 +84,7 @@ def check_unequal_pages(projection: Projection, pipeline_stages: int, native_lay
     if pipeline_stages > 1 or native_layers:
         raise UnsupportedError(
             f"{found}; beside layers that keep vLLM's own cache, and in pipeline stages, vLLM would pad all pages to "
-            "the largest; use a projection with equal bytes per layer"
+            "the largest; use a projection of `kqsvd calibrate --layer-budgets equal`"
         )
     if len(set(sizes.values())) == 1:
         raise UnsupportedError(

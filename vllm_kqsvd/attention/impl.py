@@ -212,6 +212,9 @@ class KQSVDImpl(AttentionImpl[KQSVDMetadata]):
         if self._bound is None or self._bound[0].data_ptr() != kv_cache.data_ptr():
             shape, codec = self.ops.shape, self.ops.codec
             exact = self.shadow.kv_cache.view(torch.uint8)
+            for cache in (kv_cache, exact):
+                if (cache.data_ptr() | cache.stride(0)) % 16:
+                    raise KernelError(f"pages of layer {self.name!r} do not start at multiples of 16 bytes")
             heads, size, width = shape.num_kv_heads, shape.window_block_size, 2 * shape.head_dim
             row = width * shape.dtype.itemsize
             rows = torch.as_strided(exact, (exact.shape[0], heads * size * row), (exact.stride(0), 1))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
@@ -59,7 +59,12 @@ class KQSVDMetadata(AttentionMetadata):
 
 
 class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
-    """Builds one `Step` per engine step: no per-layer and no per-request Python."""
+    """Builds one `Step` per engine step: no per-layer and no per-request Python.
+
+    vLLM makes a builder for every page size; those whose layers run on the same kernels share what the first one built.
+    """
+
+    _latest: ClassVar[tuple[Any, Any, Any]] = (None, None, None)  # common metadata, kind of builder, what it built
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -92,6 +97,10 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
         if self._nan_guard is not None:
             self._nan_guard.poll()
         common = common_attn_metadata
+        mine = type(self._ops), self.reorder_batch_threshold
+        seen, kind, built = KQSVDMetadataBuilder._latest
+        if seen is common and kind == mine:
+            return built  # type: ignore[no-any-return]
         threshold = self.reorder_batch_threshold or 1
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         step = Step(
@@ -109,7 +118,9 @@ class KQSVDMetadataBuilder(AttentionMetadataBuilder[KQSVDMetadata]):
             window_block_table=None,
             positions=self._token_positions(common),
         )
-        return KQSVDMetadata(replace(step, plan=self._ops.plan_step(step)))
+        built = KQSVDMetadata(replace(step, plan=self._ops.plan_step(step)))
+        KQSVDMetadataBuilder._latest = common, mine, built
+        return built
 
     def _token_positions(self, common: CommonAttentionMetadata) -> torch.Tensor:
         """Position of every token [N] int64: the runner's own buffer, or computed on the device without one."""

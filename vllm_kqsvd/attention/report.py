@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm_kqsvd.attention import native
 from vllm_kqsvd.attention.nan_guard import NanGuard
 from vllm_kqsvd.attention.window import check_pool
+from vllm_kqsvd.errors import UnsupportedError
 from vllm_kqsvd.status import RankStatus, publish
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
         "kqsvd: latent KV cache" + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
         f"  layers      {covered}",
         f"  per token   {latent:,} bytes instead of {exact:,} ({exact / latent:.2f}x), "
-        f"{status.bits_per_element:.2f} bits per element, scales included",
+        f"{status.bits_per_element:.2f} bits per element{_range_of(impls)}, scales included",
         f"  window      last {status.window} positions exact: at most {status.window_blocks} blocks = "
         f"{status.window_blocks * page / 2**20:.2f} MiB per running request",
         f"  KV tokens   {gained}",
@@ -92,6 +93,12 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
         *(f"  not used    {reason}" for reason in slower),
         f"  projection  {first.config.projection} (digest {first.digest[:16] or 'none'})",
     ]
+
+
+def _range_of(impls: list[KQSVDImpl]) -> str:
+    """Bits per element of the smallest and largest layer, if they differ."""
+    bits = sorted(i.ops.codec.plan.bits_per_element(i.head_size) for i in impls)
+    return f" (layers {bits[0]:.2f} to {bits[-1]:.2f})" if bits[0] < bits[-1] else ""
 
 
 def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
@@ -107,6 +114,20 @@ def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
     return out
 
 
+def check_reach(config: VllmConfig, impls: list[KQSVDImpl], num_blocks: int) -> None:
+    """Raise if kernels could not address all pages of a layer, which may lie a block of all layers apart."""
+    pages = [i.latent_page()[1] for i in impls]
+    side_by_side = config.cache_config.get_resolved_kv_cache_layout().is_block_outermost
+    span = num_blocks * (sum(pages) if side_by_side else max(pages))
+    limit, kernels = min((i.ops.max_cache_bytes, i.ops.name) for i in impls)
+    if span > limit:
+        raise UnsupportedError(
+            f"vllm_kqsvd: a cache of {span / 2**30:.0f} GiB with layers side by side found; the {kernels} kernels "
+            f"reach {limit / 2**30:.0f} GiB; set --kv-cache-memory-bytes {limit} or use a projection of "
+            "`kqsvd calibrate --layer-budgets equal`"
+        )
+
+
 def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> NanGuard | None:
     """Check the block pool, log the report and publish it for /metrics, once the real cache is there.
 
@@ -117,6 +138,7 @@ def announce(config: VllmConfig, impls: list[KQSVDImpl]) -> NanGuard | None:
     if num_blocks is None:
         return None
     tokens, page = impls[0].latent_page()
+    check_reach(config, impls, num_blocks)
     check_pool(impls[0].window_spec, tokens, num_blocks, config, native.groups_of(config, len(impls)))
     padding = native.padding_warning(native.layers_of(config), page // tokens)
     status = status_of(config, impls, num_blocks)

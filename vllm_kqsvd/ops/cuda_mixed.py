@@ -12,7 +12,7 @@ from vllm_kqsvd.errors import UnsupportedError
 from vllm_kqsvd.ops import cuda_library
 from vllm_kqsvd.ops.cuda import CudaOps, CudaPlan
 from vllm_kqsvd.ops.cuda_segments import plan_prefill
-from vllm_kqsvd.ops.interface import LayerShape, Step
+from vllm_kqsvd.ops.interface import LayerOps, LayerShape, Step
 
 __all__ = ["MixedOps", "available", "supports"]
 
@@ -39,6 +39,7 @@ class MixedOps(CudaOps):
     """CUDA store and prefill, Triton decode."""
 
     name = "cuda+triton"
+    max_cache_bytes = LayerOps.max_cache_bytes
 
     def _make_decode(self) -> None:
         from vllm_kqsvd.ops.triton.layer_ops import TritonOps

@@ -63,6 +63,7 @@ class LayerOps(ABC):
     graph_safe: bool = False  # decode runs from device tensors alone and may be captured in a CUDA graph
     max_decode_len: int = 1  # longest q_len its decode path takes
     needs_host_lengths: bool = False  # longer rows are planned from `Step.seq_lens_cpu`, an upper bound for drafts
+    max_cache_bytes: int = 2**63 - 1  # from the start of a layer's first page to the end of its last one
     passed_over: list[str]  # faster implementations that could not serve this layer, and why
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
