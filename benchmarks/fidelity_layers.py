@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.fidelity import installed, shown
 from vllm_kqsvd.calibration.allocate import plane_bytes
+from vllm_kqsvd.calibration.layer_budgets import choose, without_pattern
 from vllm_kqsvd.projection import Projection, load_projection, save_projection
 from vllm_kqsvd.verify import load_model
 from vllm_kqsvd.verify_harness import ProjectionCodec, ReadRule, Window, run_windows
@@ -68,32 +69,6 @@ def measure(
                 "digest": projections[n].digest[:12],
                 "kl": f"{float(score.kl.mean()):.4e}",
             }
-
-
-def choose(cost: np.ndarray, size: list[int], total: int) -> list[int]:
-    """Index of every layer's choice with the least summed cost [layers, choices] whose sizes sum to at most `total`.
-
-    Exact: a dynamic programme over the bytes spent. Raises ValueError if even the smallest do not fit.
-    """
-    unit = int(np.gcd.reduce([*size]))
-    room = total // unit
-    best = np.zeros(room + 1)
-    back = []
-    for row in cost:
-        options = np.full((len(size), room + 1), np.inf)
-        for n, s in enumerate(size):
-            step = s // unit
-            if step <= room:
-                options[n, step:] = row[n] + best[: room + 1 - step]
-        back.append(options.argmin(0))
-        best = options.min(0)
-    if not np.isfinite(best[room]):
-        raise ValueError(f"{len(cost)} layers of at least {min(size)} bytes asked for; {total} are there")
-    out, left = [], room
-    for chosen in reversed(back):
-        out.append(int(chosen[left]))
-        left -= size[out[-1]] // unit
-    return out[::-1]
 
 
 def read_costs(table: Path, projections: list[Projection]) -> np.ndarray:
@@ -174,7 +149,7 @@ def mix(options: argparse.Namespace, projections: list[Projection]) -> None:
     size = [p.layers[min(p.layers)].codec.plan.bytes_per_token for p in projections]
     equal = plane_bytes(options.bits, first.model.head_dim) + 2
     cost = read_costs(options.table, projections)
-    chosen = choose(cost, size, equal * len(first.layers))
+    chosen = without_pattern(cost, size, choose(cost, size, equal * len(first.layers)))
     predicted = sum(cost[n, c] for n, c in enumerate(chosen))
     if equal in size:
         predicted /= cost[:, size.index(equal)].sum()

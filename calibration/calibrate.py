@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_kqsvd.calibration.allocate import plane_bytes
 from vllm_kqsvd.calibration.basis import BASES, NESTED
@@ -24,10 +24,14 @@ from vllm_kqsvd.calibration.collect import CollectOptions, Collector
 from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.distributed import collect_with_ray
 from vllm_kqsvd.calibration.frames import ROPE_MODES, Frame
+from vllm_kqsvd.calibration.layer_budgets import LAYER_BUDGETS
+from vllm_kqsvd.calibration.layer_choice import choose_layers
+from vllm_kqsvd.calibration.layer_costs import budget_texts
 from vllm_kqsvd.calibration.model_probe import NO_ROPE, LayerInfo, probe
-from vllm_kqsvd.calibration.solve import SolvedLayer, SolveOptions, solve
+from vllm_kqsvd.calibration.solve import SolvedLayer, SolveOptions, make_solvers, solve
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.errors import CalibrationError
+from vllm_kqsvd.plan import LayerPlan
 from vllm_kqsvd.projection import LayerEntry, ModelFingerprint, Projection
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,8 @@ class CalibrateOptions:
     """Everything a calibration depends on besides model and data; equal options and inputs give equal bytes.
 
     nested: see solve.SolveOptions. rope_block 0: 32, or 64 where more than 4 query heads of more than 64 channels share
-    a KV head. max_position: positions a `post` basis must serve, 0 for the model's own maximum.
+    a KV head. max_position: positions a `post` basis must serve, 0 for the model's own maximum. layer_budgets: "equal"
+    bytes for every layer; "measured": as layers need them, at the same total; "auto": measured if that is a clear gain.
     """
 
     bits: float = 4.0
@@ -52,6 +57,7 @@ class CalibrateOptions:
     max_position: int = 0
     max_plans: int = 4
     plans: str = "auto"  # solve.PLAN_CHOICES
+    layer_budgets: str = "auto"
     collect: CollectOptions = field(default_factory=CollectOptions)
 
     def __post_init__(self) -> None:
@@ -59,6 +65,10 @@ class CalibrateOptions:
             raise CalibrationError(f"basis {self.basis!r} asked for; choose one of {', '.join(BASES)}")
         if self.rope_mode not in ROPE_MODES:
             raise CalibrationError(f"rope mode {self.rope_mode!r} asked for; choose one of {', '.join(ROPE_MODES)}")
+        if self.layer_budgets not in LAYER_BUDGETS:
+            raise CalibrationError(
+                f"layer budgets {self.layer_budgets!r} asked for; choose one of {', '.join(LAYER_BUDGETS)}"
+            )
 
 
 class Described(Protocol):
@@ -122,10 +132,8 @@ def calibrate(
     """
     options = options or CalibrateOptions()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    statistics, layers, corpus = collect_statistics(
-        model_dir, data, options, output=output, resume=resume, device=device, workers=workers
-    )
-    return project(model_dir, layers, statistics, corpus, options, device)
+    statistics, layers, corpus, model = _collect(model_dir, data, options, output, resume, device, workers)
+    return project(model_dir, layers, statistics, corpus, options, device, model)
 
 
 def collect_statistics(
@@ -139,6 +147,18 @@ def collect_statistics(
     workers: int = 1,
 ) -> tuple[Statistics, list[LayerInfo], Corpus]:
     """The part that runs the model: (statistics of all windows, layers, text)."""
+    return _collect(model_dir, data, options, output, resume, device, workers)[:3]
+
+
+def _collect(
+    model_dir: str | Path,
+    data: Sequence[str | Path],
+    options: CalibrateOptions,
+    output: str | Path | None,
+    resume: bool,
+    device: str,
+    workers: int,
+) -> tuple[Statistics, list[LayerInfo], Corpus, PreTrainedModel]:
     collect = options.collect
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     corpus = Corpus(data, tokenizer, collect.window_length, collect.seed, collect.chat)
@@ -164,9 +184,10 @@ def collect_statistics(
             statistics = collect_with_ray(model_dir, data, collect, statistics, workers, device, **gpus)
         else:
             collector.run(statistics, range(statistics.steps_done, collector.num_steps), path)
+        statistics.texts = budget_texts(corpus, collector.num_steps)
         if path:
             statistics.save(path)
-    return statistics, layers, corpus
+    return statistics, layers, corpus, model
 
 
 def frame_of(layer: LayerInfo, options: CalibrateOptions, longest: int) -> Frame:
@@ -191,8 +212,12 @@ def project(
     corpus: Described,
     options: CalibrateOptions,
     device: str = "cpu",
+    model: PreTrainedModel | None = None,
 ) -> Projection:
-    """The part that solves: any number of budgets, bases and rope modes from the same statistics."""
+    """The part that solves: any number of budgets, bases and rope modes from the same statistics.
+
+    model: what unequal layers are measured with; without it `layer_budgets="auto"` makes them equal.
+    """
     fingerprint = ModelFingerprint.from_hf(model_dir)
     dims = {(layer.head_dim, layer.num_kv_heads) for layer in layers}
     if len(dims) > 1:
@@ -201,11 +226,10 @@ def project(
     layers, rope_index = _with_settings(layers, fingerprint, options)
     frames = [frame_of(layer, options, longest) for layer in layers]
     total = plane_bytes(options.bits, fingerprint.head_dim)
-    solved = solve(
+    solvers = make_solvers(
         layers,
         statistics.layers,
         frames,
-        total,
         SolveOptions(
             basis=options.basis,
             center=options.center,
@@ -218,6 +242,8 @@ def project(
             device=device,
         ),
     )
+    outcome = choose_layers(options.layer_budgets, solvers, solve(solvers, total), statistics.texts, model)
+    solved = outcome.solved
     entries = {
         layer.index: _entry(layer, frame, index, result, options.basis)
         for layer, frame, index, result in zip(layers, frames, rope_index, solved, strict=True)
@@ -225,13 +251,13 @@ def project(
     return Projection(
         fingerprint,
         entries,
-        describe(corpus, statistics, options, total, fingerprint.head_dim),
+        describe(corpus, statistics, options, [s.codec.plan for s in solved], fingerprint.head_dim) | outcome.about,
         [s.logit_error for s in solved],
     )
 
 
 def describe(
-    corpus: Described, statistics: Statistics, options: CalibrateOptions, total_bytes: int, head_dim: int
+    corpus: Described, statistics: Statistics, options: CalibrateOptions, plans: Sequence[LayerPlan], head_dim: int
 ) -> dict[str, object]:
     """The `calibration` entry of the file: what it was made from and with."""
     collect = options.collect
@@ -244,7 +270,7 @@ def describe(
         "gradients": "backward" if collect.backward else "local",
         "seed": collect.seed,
         "bits": options.bits,
-        "bits_per_element": 8 * (total_bytes + 2) / (2 * head_dim),
+        "bits_per_element": sum(p.bits_per_element(head_dim) for p in plans) / len(plans),
         "basis": options.basis,
         "center": options.center,
         "nested": options.nested or options.basis in NESTED,

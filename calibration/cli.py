@@ -12,9 +12,11 @@ from vllm_kqsvd.calibration.budget import add_budget, bits_asked
 from vllm_kqsvd.calibration.calibrate import CalibrateOptions, calibrate, keep_statistics, remove_partial
 from vllm_kqsvd.calibration.collect import CollectOptions
 from vllm_kqsvd.calibration.frames import ROPE_MODES
+from vllm_kqsvd.calibration.layer_budgets import LAYER_BUDGETS
 from vllm_kqsvd.calibration.reuse import solve_again
 from vllm_kqsvd.calibration.solve import PLAN_CHOICES
 from vllm_kqsvd.errors import CalibrationError
+from vllm_kqsvd.plan import layer_range
 from vllm_kqsvd.plan_catalog import compiled_plans
 from vllm_kqsvd.projection import ModelFingerprint, Projection, save_projection
 
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="positions --rope-mode post must serve (default: model's)",
     )
     parser.add_argument(
-        "--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans (default %(default)s)"
+        "--max-plans", type=int, default=defaults.max_plans, help="distinct bit plans of a size (default %(default)s)"
     )
     parser.add_argument(
         "--plans",
@@ -65,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.plans,
         help="catalogue: only bit plans with a compiled CUDA decode kernel; free: any, which GPUs decode with slower "
         "Triton kernels; auto: catalogue where it has the asked width, else free (default %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-budgets",
+        choices=LAYER_BUDGETS,
+        default=defaults.layer_budgets,
+        help="bytes of a layer: equal; measured: more for layers that need it, at the same total; auto: measured if "
+        "held-out windows of the text confirm at least 10 %% less KL (default %(default)s)",
     )
     parser.add_argument(
         "--num-windows", type=int, default=collect.num_windows, help="text windows (default %(default)s)"
@@ -121,6 +130,7 @@ def options_from(args: argparse.Namespace) -> CalibrateOptions:
         max_position=args.max_model_len,
         max_plans=args.max_plans,
         plans=args.plans,
+        layer_budgets=args.layer_budgets,
         collect=collect,
     )
 
@@ -174,9 +184,11 @@ def summary(projection: Projection, output: Path, digest: str, seconds: float | 
             f"wrote {output} (digest {digest[:12]})" + (f" in {seconds:.0f} s" if seconds is not None else ""),
             f"  {len(projection.layers)} layers, {len(plans)} bit plans "
             f"({'with CUDA decode kernels' if compiled else 'without a CUDA decode kernel: Triton decodes'}), "
-            f"{projection.calibration['bits_per_element']:.3f} bits per element with scales, "
+            f"{projection.calibration['bits_per_element']:.3f} bits per element with scales"
+            f"{layer_range(*projection.layer_bits)}, "
             f"{projection.compression_ratio():.2f}x smaller than 16 bits (exact window not counted)",
             f"  predicted relative logit error: mean {sum(error) / max(1, len(error)):.4f}, "
             f"worst {max(error, default=0.0):.4f}",
+            *(f"  layers {reason}" for reason in [projection.calibration.get("layer_budgets_reason")] if reason),
         )
     )

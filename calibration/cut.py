@@ -89,8 +89,8 @@ def cut(projection: Projection, bits: float, plans: str | None = None, max_plans
     have = min((e.codec.plan.bytes_per_token for e in entries), default=0) - 2
     if total >= have:
         raise CalibrationError(
-            f"{bits:g} bits per element asked for, the projection has {8 * (have + 2) / (2 * head_dim):g} with scales; "
-            "a cut only takes bits away, so calibrate for more"
+            f"{bits:g} bits per element asked for, the projection's smallest layer has "
+            f"{8 * (have + 2) / (2 * head_dim):g} with scales; a cut only takes bits away, so calibrate for more"
         )
     if any(not e.spectrum or set(e.spectrum) != {"k", "v"} for e in entries):
         raise CalibrationError("the projection holds no spectra to choose bits by; calibrate again")
@@ -121,6 +121,8 @@ def cut(projection: Projection, bits: float, plans: str | None = None, max_plans
         "bits_per_element": 8 * (total + 2) / (2 * head_dim),
         "plans": kind,
         "cut_from": projection.digest,
+        "layer_budgets": "equal",
+        "layer_budgets_reason": "equal: a cut gives every layer the same bytes",
     }
     return Projection(projection.model, layers, known | about, predicted)
 

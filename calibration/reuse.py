@@ -51,5 +51,6 @@ def solve_again(
             f"{statistics} holds {loaded.steps_done} of {collect.num_steps} windows; finish that run with --resume"
         )
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    layers = probe(load_model(str(model_dir), device, dtype))
-    return project(model_dir, layers, loaded, text, dataclasses.replace(options, collect=collect), device)
+    model = load_model(str(model_dir), device, dtype)
+    settings = dataclasses.replace(options, collect=collect)
+    return project(model_dir, probe(model), loaded, text, settings, device, model)

@@ -264,9 +264,12 @@ class LayerSolver:
         return torch.einsum("nhd,nhe->hde", error, error) / error.shape[0]
 
 
-def plans_to_choose_from(kind: str, head_dim: int, rope_blocks: set[int], total_bytes: int) -> list[LayerPlan]:
+def plans_to_choose_from(
+    kind: str, head_dim: int, rope_blocks: set[int], total_bytes: int, quiet: bool = False
+) -> list[LayerPlan]:
     """The plans layers may have, empty for any. "catalogue": those with a compiled CUDA decode kernel (CalibrationError
-    if there are none); "auto": those if there are any, else free ones, which the Triton kernels decode."""
+    if there are none); "auto": those if there are any, else free ones, which the Triton kernels decode (with a warning
+    unless `quiet`)."""
     if kind == "free":
         return []
     try:
@@ -274,24 +277,36 @@ def plans_to_choose_from(kind: str, head_dim: int, rope_blocks: set[int], total_
     except CalibrationError as e:
         if kind == "catalogue":
             raise
-        logger.warning("no CUDA decode kernel is compiled for this shape, Triton will decode: %s", e)
+        logger.log(
+            logging.DEBUG if quiet else logging.WARNING,
+            "no CUDA decode kernel is compiled for this shape, Triton will decode: %s",
+            e,
+        )
         return []
     return [plan for plan in found[0] if all(plan in other for other in found)]
 
 
-def solve(
+def make_solvers(
     layers: Sequence[LayerInfo],
     statistics: Sequence[LayerStatistics],
     frames: Sequence[Frame],
-    total_bytes: int,
     options: SolveOptions,
-) -> list[SolvedLayer]:
-    """Coders of all layers, each `total_bytes` of planes per token and KV head."""
+) -> list[LayerSolver]:
+    """Solvers of all layers, metrics, bases and tables included."""
     ranks: Sequence[int | None] = layer_ranks(layers) if options.basis == "lorc" else [None] * len(layers)
     inputs = list(zip(layers, statistics, frames, ranks, strict=True))
-    solvers = list(in_order(lambda x: LayerSolver(x[0], x[1], x[2], options, x[3]), inputs, options.device))
-    among = plans_to_choose_from(options.plans, layers[0].head_dim, {f.rope_block for f in frames}, total_bytes)
-    tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
-    plans = allocate(tables, total_bytes, options.max_plans, among)
+    return list(in_order(lambda x: LayerSolver(x[0], x[1], x[2], options, x[3]), inputs, options.device))
+
+
+def finish(solvers: Sequence[LayerSolver], plans: Sequence[LayerPlan], device: str) -> list[SolvedLayer]:
+    """The coders of these plans, one per solver."""
     pairs = list(zip(solvers, plans, strict=True))
-    return list(in_order(lambda x: x[0].finish(x[1].k, x[1].v), pairs, options.device))
+    return list(in_order(lambda x: x[0].finish(x[1].k, x[1].v), pairs, device))
+
+
+def solve(solvers: Sequence[LayerSolver], total_bytes: int) -> list[SolvedLayer]:
+    """Coders of all layers, each `total_bytes` of planes per token and KV head."""
+    options, head_dim = solvers[0].options, solvers[0].layer.head_dim
+    among = plans_to_choose_from(options.plans, head_dim, {s.frame.rope_block for s in solvers}, total_bytes)
+    tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
+    return finish(solvers, allocate(tables, total_bytes, options.max_plans, among), options.device)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from vllm_kqsvd.calibration.sinks import FIRST_ORDINARY, Prototypes
 from vllm_kqsvd.errors import CalibrationError
 
-_METADATA_KEY = "kqsvd_statistics"
+_METADATA_KEY, _TEXTS = "kqsvd_statistics", "texts"
 _CLIP_SHARE = 0.95  # of a window's tokens keep their gradient energy whole; the rest are cut down to this quantile
 _BLOCK = 256  # tokens whose products or values are added in float32 before float64 takes over
 
@@ -171,6 +171,7 @@ class Statistics:
 
     def __init__(self, layers: list[LayerStatistics], options: dict[str, object], steps_done: int = 0) -> None:
         self.layers, self.options, self.steps_done = layers, options, steps_done
+        self.texts: dict[str, torch.Tensor] = {}  # of layer_costs.budget_texts, once all windows are done
 
     def blank(self) -> Statistics:
         """Empty statistics with the same prototypes."""
@@ -194,6 +195,7 @@ class Statistics:
                     tensors[f"{i}.{name}"] = torch.cat(parts).contiguous()
             for side, p in layer.prototypes.items():
                 tensors[f"{i}.{side}_proto_mean"], tensors[f"{i}.{side}_proto_sink"] = p.mean.cpu(), p.sink.cpu()
+        tensors |= {f"{_TEXTS}.{name}": x for name, x in self.texts.items()}
         header = json.dumps({"options": self.options, "steps_done": self.steps_done}, sort_keys=True)
         temporary = path.with_suffix(".tmp")
         try:
@@ -215,7 +217,10 @@ class Statistics:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
             found, steps = header["options"], int(header["steps_done"])
             if options is None or found == json.loads(json.dumps(options)):
-                return cls(_layers_from(tensors, device), found, steps)
+                texts = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{_TEXTS}.")}
+                out = cls(_layers_from(tensors, device), found, steps)
+                out.texts = {n.removeprefix(f"{_TEXTS}."): x for n, x in texts.items()}
+                return out
         except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as e:
             raise CalibrationError(
                 f"{path} is not a statistics file ({type(e).__name__}: {str(e)[:200]}); delete it or calibrate "

@@ -1,43 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks.fidelity_layers: the exact choice of layers' sizes, and the costs it reads."""
+"""benchmarks.fidelity_layers: the costs it reads, and mixtures."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.fidelity_layers import COLUMNS, choose, mixed, read_costs
+from benchmarks.fidelity_layers import COLUMNS, mixed, read_costs
 from tests.helpers import random_codec, side_plan
 from tests.projections import HEAD_DIM, KV_HEADS, LAYERS, tiny_projection
 from vllm_kqsvd.plan import LayerPlan
 from vllm_kqsvd.projection import Projection, load_projection, save_projection
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_choice_is_the_best_of_all(seed: int) -> None:
-    """As good as trying everything, and within the bytes."""
-    rng = np.random.default_rng(seed)
-    size, total = [66, 50, 34], 6 * 50
-    cost = np.sort(rng.exponential(size=(6, 3)), axis=1)
-    chosen = choose(cost, size, total)
-    assert sum(size[n] for n in chosen) <= total
-    best = min(
-        sum(cost[i, n] for i, n in enumerate(some))
-        for some in itertools.product(range(3), repeat=6)
-        if sum(size[n] for n in some) <= total
-    )
-    assert sum(cost[i, n] for i, n in enumerate(chosen)) == pytest.approx(best)
-
-
-def test_too_few_bytes() -> None:
-    """Refused with both figures."""
-    with pytest.raises(ValueError, match="2 layers of at least 34 bytes asked for; 60 are there"):
-        choose(np.ones((2, 2)), [34, 66], 60)
 
 
 def two_projections(folder: Path) -> list[Projection]:

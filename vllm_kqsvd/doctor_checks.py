@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from vllm_kqsvd import __version__
 from vllm_kqsvd.capacity import BLOCK, EXACT_BLOCKS, WINDOW
 from vllm_kqsvd.errors import KQSVDError
+from vllm_kqsvd.plan import layer_range
 
 if TYPE_CHECKING:
     from vllm_kqsvd.projection import Projection
@@ -210,7 +211,8 @@ def _projection(model: str | None, folder: str | None) -> list[Check]:
                 "projection",
                 "ok",
                 f"{projection.model.architecture}, {len(projection.layers)} layers, "
-                f"{projection.bytes_per_token} bytes per token, digest {projection.digest[:16]}",
+                f"{projection.bytes_per_token} bytes per token{layer_range(*projection.layer_bits)}, "
+                f"digest {projection.digest[:16]}",
             )
         ]
     except KQSVDError as e:

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from vllm_kqsvd.capacity import WINDOW, latent
-from vllm_kqsvd.plan import SidePlan
+from vllm_kqsvd.plan import SidePlan, layer_range
 
 ELEMENT_SIZE = 2  # bytes of an uncompressed element (bf16)
 
@@ -96,6 +96,7 @@ def totals(layers: list[dict[str, Any]], context: int, window: int) -> dict[str,
         "bytes_per_token": used,
         "bytes_per_token_bf16": plain,
         "bits_per_element": 8 * ELEMENT_SIZE * used / plain,
+        "bits_per_element_of_layers": [f(e["bits_per_element"] for e in layers) for f in (min, max)],
         "context": context,
         "window": window,
         "window_bytes_per_sequence": exact,
@@ -120,7 +121,7 @@ def as_text(data: dict[str, Any]) -> str:
         "",
         "k bits, v bits: code width of each group of 16 latent channels; bits/elem with scales",
         f"{total['bytes_per_token']} bytes per token, {total['bytes_per_token_bf16']} in bf16: "
-        f"{total['bits_per_element']:.2f} bits per element",
+        f"{total['bits_per_element']:.2f} bits per element{layer_range(*total['bits_per_element_of_layers'])}",
         f"compression ratio {total['compression_ratio']:.2f} at {total['context']} tokens per sequence, exact window "
         f"of {total['window']} tokens counted ({total['compression_ratio_latent']:.2f} without it)",
     ]

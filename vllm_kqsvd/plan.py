@@ -138,3 +138,8 @@ def planes_for(group_bits: Iterable[int]) -> SidePlan | None:
             planes.append(Plane(b, tuple(groups[:n])))
             groups = groups[n:]
     return SidePlan(tuple(planes)) if planes and min(widths) > 0 else None
+
+
+def layer_range(least: float, most: float) -> str:
+    """Words for layers of unequal bits per element; none if they are equal."""
+    return f" (layers {least:.2f} to {most:.2f})" if least < most else ""

@@ -130,6 +130,12 @@ class Projection:
         """Latent bytes per token of the whole model, scales included, exact window excluded."""
         return sum(e.bytes_per_token for e in self.layers.values())
 
+    @property
+    def layer_bits(self) -> tuple[float, float]:
+        """Bits per element, scales included, of the layer with fewest bytes and of the one with most."""
+        bits = [e.codec.plan.bits_per_element(e.codec.head_dim) for e in self.layers.values()]
+        return min(bits), max(bits)
+
     def compression_ratio(self, element_size: int = 2) -> float:
         """Bytes of an uncompressed cache over latent bytes, per token; the exact window not counted."""
         plain = sum(2 * e.codec.num_kv_heads * e.codec.head_dim for e in self.layers.values())

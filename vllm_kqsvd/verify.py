@@ -122,6 +122,7 @@ def verify(
         [Fidelity.of(name, scores) for name, scores in by_text.items()],
         {i: sum(s.logit_error[i] for s in every) / len(every) for i in every[0].logit_error},
         dict(zip(sorted(folder.layers), folder.predicted, strict=False)),
+        folder.layer_bits,
     )
     if plot_to:
         plot(

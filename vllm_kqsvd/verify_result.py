@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_kqsvd.plan import layer_range
 from vllm_kqsvd.verify_harness import Score
 
 # KL in nats per token at 2k context that a good projection stays under, by stored bits per element.
@@ -98,6 +99,7 @@ class VerifyResult:
     texts: list[Fidelity]
     logit_error: dict[int, float]  # layer -> measured relative logit error
     predicted: dict[int, float] = field(default_factory=dict)  # layer -> the calibrator's prediction
+    layer_bits: tuple[float, float] | None = None  # of the smallest and largest layer
 
     @property
     def passed(self) -> bool:
@@ -136,8 +138,9 @@ class VerifyResult:
         step = "token by token" if self.chunk == 1 else f"in steps of {self.chunk}"
         lines = [
             f"{self.projection} on {self.model}",
-            f"{self.bits:.2f} bits per element ({self.ratio:.2f}x smaller; {self.ratio_at_context:.2f}x at "
-            f"{self.context} tokens with the exact window of {self.window}), read {step}",
+            f"{self.bits:.2f} bits per element{layer_range(*self.layer_bits or (0, 0))} ({self.ratio:.2f}x smaller; "
+            f"{self.ratio_at_context:.2f}x at {self.context} tokens with the exact window of {self.window}), "
+            f"read {step}",
             "",
             HEADER,
             *(t.row() for t in self.texts),

@@ -42,15 +42,17 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(folder: Path, family: str, heads: int = 4, kv_heads: int = 2, head_dim: int = 32) -> Path:
-    """A random two-layer model, saved as a Hugging Face folder."""
+def make_model(
+    folder: Path, family: str, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, layers: int = 2
+) -> Path:
+    """A small random model, saved as a Hugging Face folder."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(7)
     config = config_class(
         vocab_size=320,
         hidden_size=head_dim * heads,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,

@@ -13,6 +13,7 @@ from vllm_kqsvd.attention import native
 from vllm_kqsvd.attention.nan_guard import NanGuard
 from vllm_kqsvd.attention.window import check_pool
 from vllm_kqsvd.errors import UnsupportedError
+from vllm_kqsvd.plan import layer_range
 from vllm_kqsvd.status import RankStatus, publish
 
 if TYPE_CHECKING:
@@ -79,12 +80,13 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
         gained = f"{status.kv_tokens:,} at {status.max_model_len:,} tokens per request, all layers and windows counted"
     modes = ", ".join(sorted({i.rope_mode for i in impls}))
     world = config.parallel_config.tensor_parallel_size
+    bits = sorted(i.ops.codec.plan.bits_per_element(i.head_size) for i in impls)
     slower = sorted({reason for i in impls for reason in i.ops.passed_over})
     return [
         "kqsvd: latent KV cache" + (f" (each of {world} tensor parallel ranks)" if world > 1 else ""),
         f"  layers      {covered}",
         f"  per token   {latent:,} bytes instead of {exact:,} ({exact / latent:.2f}x), "
-        f"{status.bits_per_element:.2f} bits per element{_range_of(impls)}, scales included",
+        f"{status.bits_per_element:.2f} bits per element{layer_range(bits[0], bits[-1])}, scales included",
         f"  window      last {status.window} positions exact: at most {status.window_blocks} blocks = "
         f"{status.window_blocks * page / 2**20:.2f} MiB per running request",
         f"  KV tokens   {gained}",
@@ -93,12 +95,6 @@ def report_lines(config: VllmConfig, impls: list[KQSVDImpl], status: RankStatus)
         *(f"  not used    {reason}" for reason in slower),
         f"  projection  {first.config.projection} (digest {first.digest[:16] or 'none'})",
     ]
-
-
-def _range_of(impls: list[KQSVDImpl]) -> str:
-    """Bits per element of the smallest and largest layer, if they differ."""
-    bits = sorted(i.ops.codec.plan.bits_per_element(i.head_size) for i in impls)
-    return f" (layers {bits[0]:.2f} to {bits[-1]:.2f})" if bits[0] < bits[-1] else ""
 
 
 def warnings_of(config: VllmConfig, max_position: int | None) -> list[str]:
