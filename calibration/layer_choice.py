@@ -43,9 +43,15 @@ def choose_layers(
     texts: of layer_costs.budget_texts. Raises CalibrationError if "measured" is asked for and cannot be.
     """
     layers, options = [s.layer for s in solvers], solvers[0].options
+    head_dim, blocks = layers[0].head_dim, {s.frame.rope_block for s in solvers}
+    plans = [x.codec.plan for x in equal]
+    total = plans[0].bytes_per_token - SCALE_BYTES
+    sizes = sizes_around(options.plans, head_dim, blocks, total)
     why = None
     if asked == "equal" or len(layers) < 2:
         why = "asked for" if asked == "equal" else "a single layer"
+    elif total in (sizes[0], sizes[-1]):
+        why = f"no plans of {'more' if total == sizes[-1] else 'fewer'} bytes with a CUDA decode kernel"
     elif model is None or not len(texts.get("choose", ())):
         why = "no calibration text to measure layers on"
     elif not whole_context_only(model, layers):
@@ -58,9 +64,6 @@ def choose_layers(
     model = _precise(model)
     sensitivity = sensitivities(model, texts, _codecs(layers, equal), options.window)
     assert sensitivity is not None
-    head_dim, blocks = layers[0].head_dim, {s.frame.rope_block for s in solvers}
-    plans = [x.codec.plan for x in equal]
-    sizes = sizes_around(options.plans, head_dim, blocks, plans[0].bytes_per_token - SCALE_BYTES)
     known = {s: plans_to_choose_from(options.plans, head_dim, blocks, s, quiet=True) for s in sizes}
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     choice = choose_plans(sensitivity, tables, plans, known, options.max_plans)
