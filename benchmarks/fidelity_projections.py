@@ -4,8 +4,9 @@
     python -m benchmarks.fidelity_projections MODEL OUT --data FILE... [--bits 4 3 2.5 2] [--plans free auto]
 
 Writes OUT/{model}-{bits}bit with any plan (free), -catalogue with compiled plans, -default with what `kqsvd calibrate`
-chooses unasked (auto), and OUT/statistics.safetensors. `--statistics FILE` solves from what an earlier run collected,
-so that several processes can share the budgets; they need the same options and data.
+chooses unasked (auto), and OUT/statistics.safetensors. Every layer has the same bytes unless `--layer-budgets` says
+otherwise. `--statistics FILE` solves from what an earlier run collected, so that several processes can share the
+budgets; they need the same options and data.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from vllm_kqsvd.calibration.calibrate import CalibrateOptions, project
 from vllm_kqsvd.calibration.capture import load_model
 from vllm_kqsvd.calibration.collect import CollectOptions, Collector
 from vllm_kqsvd.calibration.corpus import Corpus
+from vllm_kqsvd.calibration.layer_budgets import LAYER_BUDGETS
+from vllm_kqsvd.calibration.layer_costs import budget_texts
 from vllm_kqsvd.calibration.model_probe import probe
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.projection import save_projection
@@ -58,10 +61,11 @@ def main() -> None:
         partial = options.out / "statistics.partial"  # readers wait for the final name
         statistics.save(partial)
         partial.rename(options.out / "statistics.safetensors")
+    statistics.texts = statistics.texts or budget_texts(corpus, collect.num_steps)
     for plans in options.plans:
         for bits in options.bits:
-            settings = CalibrateOptions(bits=bits, plans=plans, collect=collect)
-            projection = project(options.model, layers, statistics, corpus, settings, options.device)
+            settings = CalibrateOptions(bits=bits, plans=plans, layer_budgets=options.layer_budgets, collect=collect)
+            projection = project(options.model, layers, statistics, corpus, settings, options.device, model)
             name = f"{options.model.name}-{bits:g}bit" + SUFFIX[plans]
             save_projection(projection, options.out / name)
             done(f"solved {name}")
@@ -75,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="calibration text files")
     parser.add_argument("--bits", type=float, nargs="*", default=[4.0, 3.0, 2.5, 2.0])
     parser.add_argument("--plans", nargs="+", default=["free", "catalogue"], choices=tuple(SUFFIX))
+    parser.add_argument("--layer-budgets", choices=LAYER_BUDGETS, default="equal", help="as in kqsvd calibrate")
     parser.add_argument("--statistics", type=Path, help="solve from this file instead of collecting")
     parser.add_argument("--num-windows", type=int, default=CollectOptions.num_windows)
     parser.add_argument("--gradient-windows", type=int, default=CollectOptions.gradient_windows)

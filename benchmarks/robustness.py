@@ -107,7 +107,9 @@ class Lab:
                 kinds = ("prose", "code") if case.kind == "mixed" else (case.kind,)
                 files = [calibration_text(kind, self.tokenizer) for kind in kinds]
                 collect_statistics(model, files, collect_options(case))[0].save(statistics)
-            save_projection(solve_again(model, statistics, CalibrateOptions(bits=bits), "cpu"), target)
+            save_projection(
+                solve_again(model, statistics, CalibrateOptions(bits=bits, layer_budgets="equal"), "cpu"), target
+            )
         return load_projection(target)
 
     def window(self, case: Case) -> Window:
