@@ -14,7 +14,7 @@ from vllm_kqsvd.calibration.layer_costs import judge, sensitivities
 from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.solve import LayerSolver, SolvedLayer, finish, plans_to_choose_from
 from vllm_kqsvd.codec import LayerCodec
-from vllm_kqsvd.errors import CalibrationError
+from vllm_kqsvd.errors import CalibrationError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,11 @@ def choose_layers(
     texts: of layer_costs.budget_texts. Raises CalibrationError if "measured" is asked for and cannot be.
     """
     layers, options = [s.layer for s in solvers], solvers[0].options
-    head_dim, blocks = layers[0].head_dim, {s.frame.rope_block for s in solvers}
-    plans = [x.codec.plan for x in equal]
-    total = plans[0].bytes_per_token - SCALE_BYTES
-    sizes = sizes_around(options.plans, head_dim, blocks, total)
+    total = equal[0].codec.plan.bytes_per_token - SCALE_BYTES
+    sizes = sizes_around(options.plans, layers[0].head_dim, {s.frame.rope_block for s in solvers}, total)
     why = None
-    if asked == "equal" or len(layers) < 2:
-        why = "asked for" if asked == "equal" else "a single layer"
+    if asked == "equal" or len(layers) < 3:
+        why = "asked for" if asked == "equal" else "too few layers to move bytes between"
     elif total in (sizes[0], sizes[-1]):
         why = f"no plans of {'more' if total == sizes[-1] else 'fewer'} bytes with a CUDA decode kernel"
     elif model is None or not len(texts.get("choose", ())):
@@ -61,10 +59,28 @@ def choose_layers(
             raise CalibrationError(f"--layer-budgets measured asked for; not possible: {why}; use equal or auto")
         return Outcome(equal, _about("equal", f"equal: {why}"))
     assert model is not None
-    model = _precise(model)
+    try:
+        return _measured(asked, solvers, equal, texts, _precise(model), sizes)
+    except UnsupportedError as e:  # attention that calibration can observe and the harness cannot repeat
+        if asked == "measured":
+            raise
+        return Outcome(equal, _about("equal", f"equal: layers cannot be measured alone: {e}"))
+
+
+def _measured(
+    asked: str,
+    solvers: Sequence[LayerSolver],
+    equal: list[SolvedLayer],
+    texts: Mapping[str, torch.Tensor],
+    model: PreTrainedModel,
+    sizes: Sequence[int],
+) -> Outcome:
+    """`choose_layers` where nothing stands against measuring. sizes: bytes of planes that a layer may have."""
+    layers, options = [s.layer for s in solvers], solvers[0].options
+    blocks, plans = {s.frame.rope_block for s in solvers}, [x.codec.plan for x in equal]
     sensitivity = sensitivities(model, texts, _codecs(layers, equal), options.window)
     assert sensitivity is not None
-    known = {s: plans_to_choose_from(options.plans, head_dim, blocks, s, quiet=True) for s in sizes}
+    known = {s: plans_to_choose_from(options.plans, layers[0].head_dim, blocks, s, quiet=True) for s in sizes}
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
     choice = choose_plans(sensitivity, tables, plans, known, options.max_plans)
     if choice.plans == plans or (asked == "auto" and choice.predicted > 1 - PROMISE):

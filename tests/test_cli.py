@@ -103,6 +103,7 @@ def test_inspect_counts_everything(capsys: pytest.CaptureFixture[str]) -> None:
     total = data["total"]
     assert total["bytes_per_token"] == 52 and total["bytes_per_token_bf16"] == 128
     assert total["bits_per_element"] == 16 * 52 / 128
+    assert total["bits_per_element_of_layers"] == [6.5, 6.5]
     # a page of 128 latent tokens holds 32 exact ones; a window of 64 to 79 touches up to four
     assert total["window_bytes_per_sequence"] == 4 * 128 * 52
     assert total["compression_ratio"] == pytest.approx(128 * 1000 / (52 * 1000 + 4 * 128 * 52))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_kqsvd.errors import PlanError
-from vllm_kqsvd.plan import LayerPlan, Plane, SidePlan, planes_for
+from vllm_kqsvd.plan import LayerPlan, Plane, SidePlan, layer_range, planes_for
 
 
 def test_widths_and_bytes_add_up():
@@ -53,3 +53,8 @@ def test_json_round_trip_and_refusal():
 def test_widths_that_no_planes_tile_give_none():
     assert planes_for([3, 3, 3]) is None
     assert planes_for([]) is None
+
+
+def test_layers_of_unequal_bits_in_words() -> None:
+    assert layer_range(3.125, 3.125) == ""
+    assert layer_range(2.125, 4.125) == " (layers 2.12 to 4.12)"

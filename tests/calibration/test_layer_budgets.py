@@ -31,7 +31,7 @@ from vllm_kqsvd.calibration.layer_budgets import (
 )
 from vllm_kqsvd.calibration.layer_costs import budget_texts, judge, sensitivities
 from vllm_kqsvd.calibration.reuse import solve_again
-from vllm_kqsvd.errors import CalibrationError
+from vllm_kqsvd.errors import CalibrationError, UnsupportedError
 from vllm_kqsvd.projection import Projection, load_projection, save_projection
 from vllm_kqsvd.verify_harness import ProjectionCodec, ReadRule, Reference, Window, score
 
@@ -186,6 +186,21 @@ def test_auto_keeps_what_text_confirms(
     assert about["layer_budgets"] == ("unequal" if convinced else "equal")
     assert ("30 % less" if convinced else "no sure gain") in str(about["layer_budgets_reason"])
     assert (len({e.codec.plan.bytes_per_token for e in found.layers.values()}) > 1) == convinced
+
+
+def test_models_that_cannot_be_measured_stay_equal(
+    made: tuple[Projection, Path], three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` ends no calibration that worked before it; `measured` says why it cannot."""
+
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("found an attention mask")
+
+    monkeypatch.setattr(layer_choice, "sensitivities", refuse)
+    found = solve_again(three, made[1], dataclasses.replace(OPTIONS, layer_budgets="auto"), "cpu")
+    assert "measured alone: found an attention mask" in str(found.calibration["layer_budgets_reason"])
+    with pytest.raises(UnsupportedError, match="found an attention mask"):
+        solve_again(three, made[1], OPTIONS, "cpu")
 
 
 def test_the_largest_compiled_size_has_nothing_to_give(llama: Path, text_file: Path) -> None:
