@@ -125,6 +125,7 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   const int64_t virtual_heads = int64_t{p.num_kv_heads} * p.column_groups;
   const Grid grid = grid_of(kqsvd::limits_of(device).multiprocessors, static_cast<int>(virtual_heads), p.num_requests);
   p.num_ctas = grid.num_ctas, p.finish_parts = grid.finish_parts;
+  p.late_ctas = grid.late_ctas, p.late_units = kLateBytes / instance.unit_bytes;
   p.max_phases = static_cast<int>((virtual_heads + p.num_ctas - 1) / p.num_ctas) + 1;
   STD_TORCH_CHECK(partials.numel() >= int64_t{p.num_ctas} * instance.parts * p.max_phases * 2 * instance.record_floats &&
                       whole_partials.numel() >= num_requests * virtual_heads * instance.record_floats,

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
   const OutputMeans<Cf> means(p, head, warp & 3, lane);
   const bool has_latent = r.first < r.last;
   if (has_latent && warp == 4 * Parts - 1) {  // a warp with the fewest tokens of the window
-    const Cut cut{p.requests[p.num_requests].unit_begin, static_cast<int>(gridDim.x), p.num_ctas};
+    const Cut cut(p, p.requests[p.num_requests].unit_begin);
     const int n = list_pieces<Cf>(s.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     if (lane == 0) s.pieces = n;
   }

@@ -51,7 +51,8 @@ template <class Cf>
 struct Registration {
   Instance instance;
   explicit Registration(const char* name)
-      : instance{instance_key(name), Cf::kRecord, Cf::kWarpgroups, Cf::kGrain, &launch_instance<Cf>, nullptr} {
+      : instance{instance_key(name), Cf::kRecord, Cf::kWarpgroups, Cf::kGrain,
+                 Cf::kGrain / 4 * Cf::kTileBytes, &launch_instance<Cf>, nullptr} {
     instance.next = register_instance(&instance);
   }
 };

@@ -120,12 +120,11 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   };
   // Neither the constants of this CTA's first head nor the schedule and the block table are written by the kernel before
   // this one: read them while it ends. (decode.cu: a schedule kernel directly before has ended.)
-  const int virtual_heads = p.num_kv_heads * p.column_groups;
-  int loaded = blockIdx.x * virtual_heads / p.num_ctas / p.column_groups;
+  int loaded = Cut(p, 0).first_head(blockIdx.x) / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
   if (lane == 0) {
-    const Cut cut{__ldcg(&p.requests[p.num_requests].unit_begin), virtual_heads, p.num_ctas};
+    const Cut cut(p, __ldcg(&p.requests[p.num_requests].unit_begin));
     *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0, 0, 0, 0, 0};
   }
   __syncwarp();

@@ -23,6 +23,7 @@ struct Instance {
   int record_floats;  // size of one partial result
   int parts;          // warpgroups per CTA
   int grain;          // tokens; see ScheduleParams
+  int unit_bytes;     // of four grains
   cudaError_t (*launch)(const DecodeParams&, cudaStream_t);
   const Instance* next;
 };

@@ -125,11 +125,11 @@ template <class Cf>
 __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int max_phases, int head, int unit_begin,
                                            int unit_end, int lane) {
   constexpr int parts = Cf::kWarpgroups;
-  int c0, c1, n = 0;
-  cut.ctas_of(head, c0, c1);
+  int c0, c1, step, n = 0;
+  cut.ctas_of(head, c0, c1, step);
 #pragma unroll 1
-  for (int i = lane; i - lane < (c1 - c0 + 1) * parts; i += 32) {
-    const int cta = c0 + i / parts, part = i % parts;
+  for (int i = lane; i - lane < ((c1 - c0) / step + 1) * parts; i += 32) {
+    const int cta = c0 + i / parts * step, part = i % parts;
     int begin = 0, end = 0;
     if (cta <= c1) cut.part_range<parts>(cta, part, head, begin, end);
     const bool hit = max(begin, unit_begin) < min(end, unit_end);

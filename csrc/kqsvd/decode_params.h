@@ -68,6 +68,7 @@ struct DecodeParams {
   float* partials;         // split results, `partial_floats` each
   float* whole_partials;   // [request][virtual head]: results of requests that are not split
   int num_ctas, max_phases;
+  int late_ctas, late_units;  // the last CTAs, and how much less they get
   int finish_parts;        // warpgroups of a finishing block: 1 or kFewParts
 };
 
@@ -75,17 +76,22 @@ constexpr int kFewParts = 4;
 
 // How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
 // no latent CTA: as long as finishing blocks are few, some multiprocessors are left to them, so that they begin early and
-// the next layer's CTAs are not kept waiting.
+// the next layer's CTAs are not kept waiting. More of them crowd, four on a multiprocessor, where the next layer's last
+// CTAs will be: those begin when the others read already.
 struct Grid {
-  int num_ctas, finish_parts;
+  int num_ctas, finish_parts, late_ctas;
 };
 inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
-  const int64_t blocks = int64_t{virtual_heads} * num_requests;
+  const int64_t blocks = int64_t{virtual_heads} * num_requests, crowded = (blocks + 3) / 4;
   const bool few = blocks * 11 <= multiprocessors;
-  const int64_t reserved = few ? blocks : blocks * 16 <= multiprocessors * 4 ? (blocks + 3) / 4 : 0;
+  const int64_t reserved = few ? blocks : blocks * 16 <= multiprocessors * 4 ? crowded : 0;
   int ctas = static_cast<int>(multiprocessors - reserved);
   if (reserved > 0) ctas -= ctas % virtual_heads;  // ranges of equal length
-  return {ctas, few ? kFewParts : 1};
+  const bool late = reserved == 0 && crowded * 4 <= ctas;  // with more, nearly all begin late
+  return {ctas, few ? kFewParts : 1, late ? static_cast<int>(crowded) : 0};
 }
+
+// Bytes of latents that a CTA reads while a late one gets ready: about 8 us of an H100's bandwidth.
+constexpr int kLateBytes = 176 << 10;
 
 }  // namespace kqsvd::decode

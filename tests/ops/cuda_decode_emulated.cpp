@@ -37,21 +37,24 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
     run(finish_kernel<Cf, kFewParts>, *p, grid, 128 * kFewParts, sizeof(FinishShared<Cf, kFewParts>));
 }
 
-// [latent CTAs, warpgroups of a finishing block]
+// [latent CTAs, warpgroups of a finishing block, late CTAs]
 void grid(int multiprocessors, int heads, int requests, int* out) {
   const Grid found = grid_of(multiprocessors, heads, requests);
-  out[0] = found.num_ctas, out[1] = found.finish_parts;
+  out[0] = found.num_ctas, out[1] = found.finish_parts, out[2] = found.late_ctas;
 }
 
 // How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],
-// ctas_of [head][first, last].
-void cut_lines(int units, int heads, int ctas, int* ranges, int* heads_of, int* ctas_of) {
-  const Cut cut{units, heads, ctas};
+// ctas_of [head][first, last, step].
+void cut_lines(int units, int heads, int ctas, int late_ctas, int late_units, int* ranges, int* heads_of, int* ctas_of) {
+  DecodeParams p{};
+  p.num_kv_heads = heads, p.column_groups = 1, p.num_ctas = ctas, p.late_ctas = late_ctas, p.late_units = late_units;
+  const Cut cut(p, units);
   for (int cta = 0; cta < ctas; ++cta) {
     heads_of[2 * cta] = cut.first_head(cta), heads_of[2 * cta + 1] = cut.last_head(cta);
     for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head)
       cut.part_range<1>(cta, 0, head, ranges[2 * (cta * heads + head)], ranges[2 * (cta * heads + head) + 1]);
   }
-  for (int head = 0; head < heads; ++head) cut.ctas_of(head, ctas_of[2 * head], ctas_of[2 * head + 1]);
+  for (int head = 0; head < heads; ++head)
+    cut.ctas_of(head, ctas_of[3 * head], ctas_of[3 * head + 1], ctas_of[3 * head + 2]);
 }
 }

@@ -51,7 +51,7 @@ class DecodeParams(ctypes.Structure):
     _fields_ += [("rotary_dim", I32), ("rotary_interleaved", I32), ("scale_log2", F32), ("soft_cap_log2", F32)]
     _fields_ += [(n, I32) for n in ("sliding_window", "is_bf16", "num_kv_heads", "heads_per_kv", "column_groups")]
     _fields_ += [("partials", P), ("whole_partials", P), ("num_ctas", I32), ("max_phases", I32)]
-    _fields_ += [("finish_parts", I32)]
+    _fields_ += [("late_ctas", I32), ("late_units", I32), ("finish_parts", I32)]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,7 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     p.heads_per_kv, p.column_groups = case.group, groups
     p.partials, p.whole_partials = partials.data_ptr(), whole_partials.data_ptr()
     p.num_ctas, p.max_phases = NUM_CTAS, phases
+    p.late_ctas, p.late_units = (1, 2) if len(case.lengths) % 2 else (0, 0)
     p.finish_parts = 4 if step.num_reqs == 1 else 1
     lib.decode(ctypes.byref(schedule), ctypes.byref(p))
     window = reference.ExactWindow(t["window_pages"], step.window_block_table, case.window) if case.window else None
@@ -179,29 +180,54 @@ def test_plans_with_planes_of_one_bit(library, plan: str) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(units=st.integers(1, 3000), heads=st.integers(1, 40), ctas=st.sampled_from([1, 2, 3, 5, 7, 12, 66, 132]))
-@example(units=2048, heads=8, ctas=132)
-@example(units=4, heads=8, ctas=132)
-def test_ctas_share_the_heads_without_gap_or_overlap(library, units: int, heads: int, ctas: int) -> None:
+@given(
+    units=st.integers(1, 3000),
+    heads=st.integers(1, 40),
+    ctas=st.sampled_from([1, 2, 3, 5, 7, 12, 66, 132]),
+    late=st.floats(0, 0.49),
+    late_units=st.integers(0, 40),
+)
+@example(units=2048, heads=8, ctas=132, late=0.0, late_units=8)
+@example(units=512, heads=8, ctas=132, late=32 / 132, late_units=8)
+@example(units=4, heads=8, ctas=132, late=0.0, late_units=8)
+def test_ctas_share_the_heads_without_gap_or_overlap(
+    library, units: int, heads: int, ctas: int, late: float, late_units: int
+) -> None:
     ranges = torch.zeros(ctas, heads, 2, dtype=torch.int32)
-    heads_of, ctas_of = torch.zeros(ctas, 2, dtype=torch.int32), torch.zeros(heads, 2, dtype=torch.int32)
-    lib = library(Instance("d64_b34a", 4, 32))
-    lib.cut_lines(units, heads, ctas, *map(pointer, (ranges, heads_of, ctas_of)))
+    heads_of, ctas_of = torch.zeros(ctas, 2, dtype=torch.int32), torch.zeros(heads, 3, dtype=torch.int32)
+    lib, late_ctas = library(Instance("d64_b34a", 4, 32)), round(late * ctas)
+    lib.cut_lines(units, heads, ctas, late_ctas, late_units, *map(pointer, (ranges, heads_of, ctas_of)))
     for h in range(heads):
         held = [(int(b), int(e), c) for c, (b, e) in enumerate(ranges[:, h].tolist()) if e > b]
         assert held[0][0] == 0 and held[-1][1] == units
         assert all(a[1] == b[0] for a, b in pairwise(held))
-        assert ctas_of[h, 0] <= held[0][2] and held[-1][2] <= ctas_of[h, 1]
+        first, last, step = ctas_of[h].tolist()
+        assert {c for *_, c in held} <= set(range(first, last + 1, step))
+        if heads <= ctas - late_ctas:
+            sizes = (ranges[h::heads, h, 1] - ranges[h::heads, h, 0]).tolist()
+            early = len(range(h, ctas - late_ctas, heads))
+            less = min(late_units, units // early) if early < len(sizes) else 0
+            assert max(sizes[:early]) - min(sizes[:early]) <= 1
+            assert all(abs(min(sizes[:early]) - less - n) <= 1 for n in sizes[early:])
     phases = (heads_of[:, 1] - heads_of[:, 0] + 1).max()
     assert phases <= -(-heads // ctas) + 1  # what the workspace has room for
 
 
 @pytest.mark.parametrize(
     ("heads", "requests", "want"),
-    [(8, 1, (120, 4)), (8, 2, (128, 1)), (8, 4, (120, 1)), (8, 5, (132, 1)), (1, 1, (131, 4)), (8, 256, (132, 1))],
+    [
+        (8, 1, (120, 4, 0)),
+        (8, 2, (128, 1, 0)),
+        (8, 4, (120, 1, 0)),
+        (8, 5, (132, 1, 10)),
+        (1, 1, (131, 4, 0)),
+        (8, 16, (132, 1, 32)),
+        (8, 64, (132, 1, 0)),
+        (8, 256, (132, 1, 0)),
+    ],
 )
-def test_finishing_blocks_have_multiprocessors_of_their_own_while_they_are_few(library, heads, requests, want) -> None:
-    found = torch.zeros(2, dtype=torch.int32)
+def test_multiprocessors_of_finishing_blocks(library, heads, requests, want) -> None:
+    found = torch.zeros(3, dtype=torch.int32)
     library(Instance("d64_b34a", 4, 32)).grid(132, heads, requests, pointer(found))
     assert tuple(found.tolist()) == want
 
