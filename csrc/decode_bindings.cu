@@ -70,7 +70,7 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   check_tensor(block_table, "block_table", ScalarType::Int, {kAny, kAny}, device);
   kqsvd::check_vectors(query, "query");
   STD_TORCH_CHECK(out.stride(2) == 1, "out must be dense in its last dimension");
-  STD_TORCH_CHECK(pages.stride(1) == 1 && pages.stride(0) % 16 == 0, "pages must start at multiples of 16 bytes");
+  STD_TORCH_CHECK(pages.stride(1) == 1 && pages.stride(0) % 32 == 0, "pages must lie multiples of 32 bytes apart");
   STD_TORCH_CHECK(block_table.size(0) >= num_requests && block_table.stride(1) == 1, "block_table is too small");
   const Launch on(query);
 

@@ -33,7 +33,7 @@ struct DecodeParams {
   void* out;
   int64_t out_token_stride, out_head_stride;
   const uint8_t* pages;
-  int64_t page_stride;  // bytes from block to block, a multiple of 16
+  int64_t page_stride;  // bytes from block to block, a multiple of 32
   const int* block_table;
   int64_t block_table_stride;
   int block_size;

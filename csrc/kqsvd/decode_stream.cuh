@@ -32,7 +32,9 @@ struct StreamState {
   int request, offset;   // next request to lay out and how many of its slots are already laid out
 };
 
-// A slot as its lane keeps it: where its two chunks lie (in 16 bytes from `pages`), which of its four tiles exist (bits
+constexpr unsigned kSourceUnit = 32;  // bytes: 32 bits of them reach 128 GiB of pages
+
+// A slot as its lane keeps it: where its two chunks lie (in source units from `pages`), which of its four tiles exist (bits
 // 0 to 3) plus how many bytes they have (-1: no such slot), and the row of the rope table to fetch with it (-1: none).
 struct Slot {
   uint32_t source[2];
@@ -47,10 +49,10 @@ __device__ __forceinline__ int step_base(int first, const Item& item, int step, 
   return first + (4 * granule + warp * grains) * Cf::kGrain;
 }
 
-// Offset of a tile in its page, in 16 bytes.
+// Offset of a tile in its page, in source units.
 template <class Cf>
 __device__ __forceinline__ uint32_t tile_at(unsigned head, unsigned block, unsigned token) {
-  return (head * (block / kTileTokens) + token / kTileTokens) * (Cf::kTileBytes / 16);
+  return (head * (block / kTileTokens) + token / kTileTokens) * (Cf::kTileBytes / kSourceUnit);
 }
 
 // Works out the warp's next 32 slots, one per lane. `odd`: sources of tiles 1 and 3 where a block is not whole chunks.
@@ -73,7 +75,7 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
       slot.tiles = 0;
       if (s / Cf::kGrainSlots < grains) {
         const int* table = p.block_table + request * p.block_table_stride;
-        const unsigned page = static_cast<unsigned>(p.page_stride / 16), block = p.block_size;
+        const unsigned page = static_cast<unsigned>(p.page_stride / kSourceUnit), block = p.block_size;
         uint32_t source[4] = {0, 0, 0, 0};
         const bool aligned = block % 32 == 0;  // a chunk is inside one block
 #pragma unroll
@@ -89,7 +91,7 @@ __device__ __noinline__ Slot lay_out(const DecodeParams& p, StreamState& state, 
         if (!aligned) odd[lane] = make_uint2(source[0], source[1]);
       }
       if (s == 0 && slot.tiles) slot.rope_row = p.rope_table_moves ? base / Cf::T : 0;
-      static_assert(Cf::kTileBytes % 16 == 0);
+      static_assert(Cf::kTileBytes % kSourceUnit == 0);
       slot.tiles |= __popc(slot.tiles) * Cf::kTileBytes;
     }
     filled += n;
@@ -111,10 +113,10 @@ __device__ __noinline__ void issue_chunks(const DecodeParams& p, Slot slot, cons
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int tiles = slot.tiles >> 2 * c & 3;
-    const uint8_t* from = p.pages + slot.source[c] * uint64_t{16};
+    const uint8_t* from = p.pages + slot.source[c] * uint64_t{kSourceUnit};
     if (tiles) bulk_copy_once(to + 2 * c * tile, from, (aligned && tiles == 3 ? 2 : 1) * tile, done);
     if (!aligned && tiles == 3)
-      bulk_copy_once(to + (2 * c + 1) * tile, p.pages + (c ? odd->y : odd->x) * uint64_t{16}, tile, done);
+      bulk_copy_once(to + (2 * c + 1) * tile, p.pages + (c ? odd->y : odd->x) * uint64_t{kSourceUnit}, tile, done);
   }
 }
 
@@ -160,7 +162,7 @@ struct SlotStream {
       if (with_rope)
         bulk_copy(rope() + (Cf::kRopeStages == 2 ? stage * Cf::kRopeBytes : 0),
                   p.rope_table + static_cast<int64_t>(slot.rope_row) * (Cf::kRopeRow / 4), Cf::kRopeBytes, done);
-      const uint8_t* from = p.pages + slot.source[0] * uint64_t{16};
+      const uint8_t* from = p.pages + slot.source[0] * uint64_t{kSourceUnit};
       if (Cf::kSecondChunk == 32 && p.block_size % 64 == 0) {
         if (bytes) bulk_copy_once(to, from, bytes, done);
       } else {

@@ -47,7 +47,7 @@ class CudaOps(LayerOps):
     graph_safe = True  # decode rows; prefill rows run outside graphs
     max_decode_len = 8  # requests with up to this many rows go to the decode kernel
     needs_host_lengths = True
-    max_cache_bytes = 2**36  # the decode kernel counts 16-byte units in 32 bits
+    max_cache_bytes = 2**37  # the decode kernel counts 32-byte units in 32 bits
 
     def __init__(self, codec: LayerCodec, shape: LayerShape) -> None:
         super().__init__(codec, shape)
