@@ -169,7 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of load; solo runs come before")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of a sequence, prompt and answer")
-    parser.add_argument("--answer", type=int, default=256, help="tokens of an answer; short ones fit the last block and preempt nobody")
+    parser.add_argument(
+        "--answer", type=int, default=256, help="tokens of an answer; short ones fit the last block and preempt nobody"
+    )
     parser.add_argument("--clients", type=int, help="at once; 64 on a GPU, 20 on a CPU")
     parser.add_argument("--chunk", type=int, help="--max-num-batched-tokens; 2048 on a GPU, 1024 on a CPU")
     parser.add_argument("--blocks", type=int, help="of the cache; an eighth more than one longest request needs")
