@@ -58,3 +58,17 @@ def prompt_logprobs(llm: Any, prompt: list[int]) -> list[float]:
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
     return [next(iter(d.values())).logprob for d in output.prompt_logprobs[1:]]
+
+
+def assert_preempted_requests_resume(llm: Any, tolerance: float) -> None:
+    """Ten requests in a cache too small for them: some are preempted, and the last ones answer as they do alone."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    original = scheduler._preempt_request
+    scheduler._preempt_request = lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
+    prompts = [prompt_of(100, seed=200 + n) for n in range(10)]
+    crowd = generate(llm, prompts, max_tokens=60)
+    scheduler._preempt_request = original
+    assert preempted
+    for run, prompt in zip(crowd[-3:], prompts[-3:], strict=True):
+        assert_agree(generate(llm, [prompt], max_tokens=60)[0], run, tolerance)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from tests.attention.conftest import engine
-from tests.attention.runs import Run, assert_agree, generate, prompt_logprobs, prompt_of
+from tests.attention.runs import (
+    Run,
+    assert_agree,
+    assert_preempted_requests_resume,
+    generate,
+    prompt_logprobs,
+    prompt_of,
+)
 
 LOSS = 0.15  # logprob difference that 8-bit latents may cause in this model
 SHORT = [prompt_of(n, seed=n) for n in (1, 3, 17, 40)]  # with 8 new tokens all within the exact window
@@ -108,16 +115,7 @@ def test_many_at_once_equal_alone(llm: Any) -> None:
 
 
 def test_preemption_and_resumption(llm: Any) -> None:
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    preempted = []
-    original = scheduler._preempt_request
-    scheduler._preempt_request = lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
-    prompts = [prompt_of(100, seed=200 + n) for n in range(10)]
-    crowd = generate(llm, prompts, max_tokens=60)
-    scheduler._preempt_request = original
-    assert preempted
-    for run, prompt in zip(crowd[-3:], prompts[-3:], strict=True):
-        assert_agree(generate(llm, [prompt], max_tokens=60)[0], run, LOSS)
+    assert_preempted_requests_resume(llm, LOSS)
 
 
 def test_abort_returns_every_block(llm: Any) -> None:

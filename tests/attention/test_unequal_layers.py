@@ -11,7 +11,7 @@ import pytest
 
 from tests.attention.conftest import engine
 from tests.attention.models import write_unequal
-from tests.attention.runs import assert_agree, generate, prompt_logprobs, prompt_of
+from tests.attention.runs import assert_agree, assert_preempted_requests_resume, generate, prompt_logprobs, prompt_of
 from vllm_kqsvd.errors import UnsupportedError
 
 LOSS = 0.6  # logprob difference that a 4-bit layer between two of 8 bits may cause in this model
@@ -103,13 +103,4 @@ def test_prefix_hit_changes_only_time(llm: Any) -> None:
 
 
 def test_preemption_and_resumption(llm: Any) -> None:
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    preempted = []
-    original = scheduler._preempt_request
-    scheduler._preempt_request = lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
-    prompts = [prompt_of(100, seed=200 + n) for n in range(10)]
-    crowd = generate(llm, prompts, max_tokens=60)
-    scheduler._preempt_request = original
-    assert preempted
-    for run, prompt in zip(crowd[-3:], prompts[-3:], strict=True):
-        assert_agree(generate(llm, [prompt], max_tokens=60)[0], run, LOSS)
+    assert_preempted_requests_resume(llm, LOSS)
