@@ -11,9 +11,10 @@ last few none. At 64 x 8k on an H100 (one run, before the two-kernel decode) the
 within 2.5 %: d128_b82 160 us, a 164, b 161; d128_b130 220, a 225, b 224. Instructions of their main loops per latent
 element (`python -m tests.ops.decode_sass`, nvcc 13.0, 4 columns, rope blocks of 32): d128_b130 1.55, a 2.03, b 2.07;
 d128_b98 1.93, a 1.78; d128_b82 1.67, a 1.82, b 1.96; d128_b66 1.63, a 1.86; d64_b50 2.33, d64_b42b 2.27 (b98, b66,
-d64 and the letters b: before the last change). The budget is 2.0, or the kernel's own figure
+d64 and the letters b: before the last change). Fewer bits leave fewer elements to share what a token costs anyway:
+d64_b34 2.43, b 2.71, d64_b26 3.04, a 3.42, per token 272, 304, 243, 274. The budget is 2.0, or the kernel's own figure
 (`tests/ops/decode_sass.py`); the tests hold d128_b82 and d64_b66 with 8 columns and blocks of 64, which they compile
-anyway.
+anyway. Plans of 26 bytes are for layers that can spare bytes for others (`calibration/layer_budgets.py`).
 
 `python -m vllm_kqsvd.plan_catalog csrc` writes csrc/decode_*.cu.
 """
@@ -72,6 +73,8 @@ _K_24B = side((4, "0"), (2, "12"), (1, "1023"))  # 5 3 3 1
 _K_16A = side((4, "0"), (2, "01"))  # 6 2, rank 32
 _V_24_64 = side((4, "01"), (2, "23"))  # 4 4 2 2
 _V_16_64 = side((2, "01"), (1, "0213"))  # 3 3 1 1
+_K_8 = side((4, "0"))  # rank 16
+_V_8 = side((2, "01"))  # 2 2, rank 32
 
 PLANS: dict[str, tuple[int, LayerPlan]] = {
     # name: (head_dim, plan); the number is bytes per token and KV head, scales included
@@ -100,6 +103,8 @@ PLANS: dict[str, tuple[int, LayerPlan]] = {
     "d64_b42b": (64, LayerPlan(_K_16, _V_24_64)),
     "d64_b34a": (64, LayerPlan(_K_16A, _V_16_64)),
     "d64_b34b": (64, LayerPlan(_K_16, _V_16_64)),
+    "d64_b26": (64, LayerPlan(_K_16, _V_8)),
+    "d64_b26a": (64, LayerPlan(_K_8, _V_16_64)),
 }
 
 

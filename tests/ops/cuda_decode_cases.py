@@ -176,6 +176,8 @@ CASES = {
     "head_dim 64, 3 bits": Case(plan="d64_b50", kv_heads=3, group=3),
     "head_dim 64": Case(plan="d64_b42", group=8, rope_block=64),
     "head_dim 64, 2 bits": Case(plan="d64_b34", window=0),
+    "head_dim 64, 1.6 bits": Case(plan="d64_b26"),
+    "head_dim 64, one key group": Case(plan="d64_b26a", window=0),
 }
 
 __all__ = ["CASES", "Case", "decode_step", "replace", "run_case"]

@@ -152,6 +152,8 @@ CASES = {
     "head_dim 64": Case(plan="d64_b42", lengths=(600,), kv_heads=1),
     "8-bit plane, 7 fields": Case(plan="d128_b130a", lengths=(333, 97), kv_heads=1),
     "two key groups": Case(plan="d64_b34a", lengths=(333, 97), kv_heads=1),
+    "one key group": Case(plan="d64_b26a", lengths=(333, 97), kv_heads=1),
+    "one value plane, half": Case(plan="d64_b26", group=8, rope_block=64, lengths=(600,), kv_heads=1),
 }
 
 
@@ -172,7 +174,7 @@ def test_head_dim_96(library, monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst_row < 1e-3
 
 
-@pytest.mark.parametrize("plan", ["d128_b82a", "d128_b66b", "d64_b34a"])
+@pytest.mark.parametrize("plan", ["d128_b82a", "d128_b66b", "d64_b34a", "d64_b26a"])
 def test_plans_with_planes_of_one_bit(library, plan: str) -> None:
     error, worst_row = run_emulated(Case(plan=plan, lengths=(400,), dtype=torch.float16, kv_heads=1), library)
     assert error < 5e-4
