@@ -66,7 +66,9 @@ def fill(ops, step, gen):
 
 
 @pytest.mark.parametrize("frame", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("plan", [((6, 4, 4, 2), (4, 4, 4, 4)), ((4, 2, 2), (3, 3, 3, 3))], ids=["full", "half"])
+@pytest.mark.parametrize(
+    "plan", [((6, 4, 4, 2), (4, 4, 4, 4)), ((4, 2, 2), (3, 3, 3, 3)), ((4,), (2, 2))], ids=["full", "half", "least"]
+)
 def test_cpu_equals_reference(frame, plan):
     compare(frame, plan)
 

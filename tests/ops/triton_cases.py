@@ -71,6 +71,8 @@ CASES = {
         group=1, lengths=(1090,), q_lens=(1,), decodes=1, block=64, warps=16, frame={"rope_block": 1}
     ),
     "sinks-everywhere": Case(group=4, lengths=(200,), q_lens=(1,), decodes=1, warps=1, sinks=True),
+    "one-key-group": Case(k=(4,), v=(3, 3, 1, 1), lengths=(150, 90), q_lens=(1, 20), decodes=1),
+    "one-value-plane": Case(v=(2, 2), lengths=(150, 90), q_lens=(1, 20), decodes=1),
     "q-len-8": Case(group=8, lengths=(140,), q_lens=(8,), decodes=1),
 }  # fmt: skip
 
