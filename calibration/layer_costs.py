@@ -28,7 +28,7 @@ _NGRAM, _TRIES = 12, 64
 _BLOCK = 32  # tokens whose mean is one observation of the standard error
 
 
-def budget_texts(corpus: Corpus, first: int, choosing: int = 2, judging: int = 12) -> dict[str, torch.Tensor]:
+def budget_texts(corpus: Corpus, first: int, choosing: int = 2, judging: int = 6) -> dict[str, torch.Tensor]:
     """Windows `choose` and `judge` [n, CONTEXT] int64 of plain text from window `first` of the corpus on, the files in
     turn (`choose_file`, `judge_file` [n]); no stretch of `choose` comes back in `judge`. Fewer where text is short."""
     files = min(len(corpus.files), MAX_FILES)
