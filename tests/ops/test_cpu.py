@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import gaps_untouched, random_codec, relative_error, side_by_side, side_plan
-from vllm_kqsvd.ops import LayerShape, Step, make_layer_ops
+from vllm_kqsvd.ops import LayerShape, Step, cpu, make_layer_ops
 from vllm_kqsvd.plan import LayerPlan
 
 CASES = {
@@ -71,6 +72,46 @@ def fill(ops, step, gen):
 )
 def test_cpu_equals_reference(frame, plan):
     compare(frame, plan)
+
+
+@pytest.mark.parametrize("frame", CASES.values(), ids=CASES)
+def test_history_in_spans(frame, monkeypatch):
+    monkeypatch.setattr(cpu, "SPAN", 64)  # requests of one to four spans
+    compare(frame, ((4, 2, 2), (3, 3, 3, 3)))
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made, those of `known` left out."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.bytes = {x.untyped_storage().data_ptr() for x in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple) else (made,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("q_len", [1, 48])
+def test_workspace_does_not_grow_with_the_context(q_len, monkeypatch):
+    """Passing tensors of every length would leave holes in the C library's heap, which then grows for hours."""
+    monkeypatch.setattr(cpu, "SPAN", 256)
+    gen = torch.Generator().manual_seed(1)
+    codec = random_codec(LayerPlan(side_plan(4, 2, 2), side_plan(3, 3, 3, 3)), heads=2, dim=64, rope_block=32)
+    shape = LayerShape(6, 2, 64, 32, 16, 0.125, torch.float32, 64)
+    ops = make_layer_ops(codec, shape, torch.device("cpu"), "cpu")
+    largest = []
+    for length in (512, 2048):
+        step = ragged_step([length], [q_len], 32, 16, gen)
+        pages, window, key, value = fill(ops, step, gen)
+        query = torch.randn(q_len, 6, 64, generator=gen)
+        with Largest(pages, window, key, value, query) as found:
+            ops.attend(query, key, value, pages, window, step, torch.empty(q_len, 6, 64))
+        largest.append(found.bytes)
+    assert largest[0] == largest[1] > 0
 
 
 @pytest.mark.parametrize(("soft_cap", "sliding_window"), [(5.0, 0), (0.0, 90), (5.0, 90)])

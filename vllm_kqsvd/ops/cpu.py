@@ -3,7 +3,8 @@
 
 Page bytes are looked up in a 256-row table per plane width (all fields of a byte at once) and multiplied by
 a decode matrix whose rows are in stored order, so nothing is unpacked channel by channel. A request's
-history is expanded to float32 for the length of one layer call; the cache itself stays coded.
+history is expanded to float32 SPAN tokens at a time and its attention merged by log-sum-exp, so what a layer
+call takes for a while does not grow with the context; the cache itself stays coded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from vllm_kqsvd.ops.eager import ReferenceOps
 from vllm_kqsvd.ops.interface import LayerShape, Step
 from vllm_kqsvd.ops.rope_block import block_start, rotate
 from vllm_kqsvd.ops.scale_byte import decode_scale
+
+SPAN = 4096  # tokens of history that are expanded at once
 
 
 @lru_cache(maxsize=8)
@@ -64,6 +67,16 @@ class _SideReader:
         return x
 
 
+def _merge(
+    a: tuple[torch.Tensor, torch.Tensor] | None, b: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention on the keys of both parts, each (output [H, rows, d], log-sum-exp [H, rows])."""
+    if a is None:
+        return b
+    total = torch.logaddexp(a[1], b[1])
+    return a[0] * (a[1] - total).exp()[..., None] + b[0] * (b[1] - total).exp()[..., None], total
+
+
 class CpuOps(ReferenceOps):
     """Store as the reference does; attend through table look-ups and float32 matrix products."""
 
@@ -73,13 +86,15 @@ class CpuOps(ReferenceOps):
         super().__init__(codec.to("cpu"), shape)
         self._read = {n: _SideReader(getattr(self.codec, n), codec.layout, n) for n in ("k", "v")}
 
-    def expand(self, pages: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (after RoPE) and values of positions [0, length) of one request: each [H, length, d] float32."""
+    def expand(
+        self, pages: torch.Tensor, blocks: torch.Tensor, length: int, start: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (after RoPE) and values [H, length, d] float32 of positions from `start`, where `blocks` begin."""
         heads, size = self.shape.num_kv_heads, self.shape.block_size
         num_tiles = -(-length // TILE)
         tiles = pages[blocks.long()].view(blocks.numel(), heads, size // TILE, -1).transpose(0, 1)
         tiles = tiles.reshape(heads, -1, tiles.shape[-1])[:, :num_tiles]
-        positions = torch.arange(num_tiles * TILE)
+        positions = torch.arange(start, start + num_tiles * TILE)
         key, value = self._read["k"](tiles, positions), self._read["v"](tiles, positions)
         if t := self.codec.rope_block:
             turned = rotate(key.transpose(0, 1), block_start(positions, t), self.codec.rope)
@@ -107,17 +122,57 @@ class CpuOps(ReferenceOps):
             first = length
             if window_pages is not None and step.window_block_table is not None:
                 first = int(reference.window_start(torch.tensor(length - q_len), s.window))
-            parts = []
-            if first:
-                blocks = step.block_table[i, : -(-first // s.block_size)]
-                parts.append(self.expand(pages, blocks, first))
+            table, parts = step.block_table[i, : -(-first // s.block_size)], []
+            # history that no row is forbidden to see is read in spans; else in one piece, under a mask
+            spans = first <= length - q_len + 1 and not (s.soft_cap or s.sliding_window)
+            if first and not spans:
+                parts.append(self.expand(pages, table, first))
             if first < length:
                 own = length - q_len
                 if first < own and window_pages is not None and step.window_block_table is not None:
                     parts.append(self._exact(window_pages, step.window_block_table[i], first, own))
                 parts.append((key[rows].transpose(0, 1).float(), value[rows].transpose(0, 1).float()))
-            k, v = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-            output[rows] = self._softmax(query[rows], k, v, length, q_len).to(output.dtype)
+            recent = [torch.cat(x, 1) for x in zip(*parts, strict=True)]
+            if spans:
+                out = self._in_spans(query[rows], pages, table, first, recent)
+            else:
+                out = self._softmax(query[rows], recent[0], recent[1], length, q_len)
+            output[rows] = out.to(output.dtype)
+
+    def _in_spans(
+        self, q: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, first: int, recent: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """q [q_len, Hq, d] on latents [0, first), which all rows see, and `recent` keys and values from there.
+
+        `recent`: two tensors [H, n, d] that end with the rows' own positions, or none. Returns [q_len, Hq, d] float32.
+        """
+        s, q_len = self.shape, q.shape[0]
+        grouped = q.float().view(q_len, s.num_kv_heads, -1, s.head_dim).permute(1, 2, 0, 3)
+        grouped = grouped.reshape(s.num_kv_heads, -1, s.head_dim)  # [H, g q_len, d]
+        step = SPAN // s.block_size * s.block_size
+        merged = None
+        for start in range(0, first, step):
+            length = min(step, first - start)
+            blocks = table[start // s.block_size : -(-(start + length) // s.block_size)]
+            merged = _merge(merged, self._part(grouped, *self.expand(pages, blocks, length, start)))
+        if recent:
+            mask = None
+            if q_len > 1:
+                n = recent[0].shape[1]
+                ahead = torch.full((q_len, n), float("-inf")).triu(n - q_len + 1)
+                mask = ahead.repeat(grouped.shape[1] // q_len, 1)[None, None]
+            merged = _merge(merged, self._part(grouped, recent[0], recent[1], mask))
+        assert merged is not None
+        out = merged[0].view(s.num_kv_heads, -1, q_len, s.head_dim)
+        return out.permute(2, 0, 1, 3).reshape(q_len, -1, s.head_dim)
+
+    def _part(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention [H, rows, d] of q on some of its keys [H, n, d], and log-sum-exp of its scores [H, rows]."""
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, total = flash(q[None], k[None], v[None], attn_mask=mask, scale=self.shape.scale)
+        return out[0], total[0]
 
     def _exact(
         self, window_pages: torch.Tensor, table: torch.Tensor, start: int, stop: int
