@@ -33,7 +33,8 @@ int64_t decode_instance(int64_t key) {
 }
 
 void decode_schedule(const Tensor seq_lens, const Tensor query_start_loc, Tensor requests, int64_t key,
-                     int64_t num_requests, int64_t window, int64_t sliding_window) {
+                     int64_t num_requests, int64_t window, int64_t sliding_window,
+                     std::optional<Tensor> block_table, int64_t block_size) {
   check_tensor(seq_lens, "seq_lens", ScalarType::Int, {kAny});
   check_tensor(query_start_loc, "query_start_loc", ScalarType::Int, {kAny}, seq_lens.get_device_index());
   check_tensor(requests, "requests", ScalarType::Int, {kAny, 8}, seq_lens.get_device_index());
@@ -50,6 +51,13 @@ void decode_schedule(const Tensor seq_lens, const Tensor query_start_loc, Tensor
   p.window = static_cast<int>(window);
   p.sliding_window = static_cast<int>(sliding_window);
   p.grain = instance_of(key).grain;
+  if (block_table.has_value()) {
+    check_tensor(*block_table, "block_table", ScalarType::Int, {kAny, kAny}, seq_lens.get_device_index());
+    STD_TORCH_CHECK(block_table->size(0) >= num_requests && block_table->stride(1) == 1, "block_table is too small");
+    p.block_table = data<const int>(*block_table);
+    p.block_table_stride = block_table->stride(0);
+    p.block_size = static_cast<int>(block_size);
+  }
   kqsvd::check_cuda(launch_schedule(p, on.stream()), "decode schedule");
 }
 
@@ -125,6 +133,8 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   const int64_t virtual_heads = int64_t{p.num_kv_heads} * p.column_groups;
   const Grid grid = grid_of(kqsvd::limits_of(device).multiprocessors, static_cast<int>(virtual_heads), p.num_requests);
   p.num_ctas = grid.num_ctas, p.finish_parts = grid.finish_parts;
+  p.most_ctas = static_cast<int>((p.num_ctas + virtual_heads - 1) / virtual_heads);
+  p.big_heads = static_cast<int>(p.num_ctas - (p.most_ctas - 1) * virtual_heads);
   p.late_ctas = grid.late_ctas, p.late_units = kLateBytes / instance.unit_bytes;
   p.max_phases = static_cast<int>((virtual_heads + p.num_ctas - 1) / p.num_ctas) + 1;
   STD_TORCH_CHECK(partials.numel() >= int64_t{p.num_ctas} * instance.parts * p.max_phases * 2 * instance.record_floats &&
@@ -139,7 +149,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kqsvd, m) {
   m.def("decode_instance(int key) -> int");
   m.def(
       "decode_schedule(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) requests, int key, int num_requests, "
-      "int window, int sliding_window) -> ()");
+      "int window, int sliding_window, Tensor? block_table, int block_size) -> ()");
   m.def(
       "decode(Tensor query, Tensor(a!) out, Tensor pages, Tensor block_table, Tensor? window_pages, "
       "Tensor? window_table, Tensor requests, Tensor key_image, Tensor mean_tile, Tensor sink_rows, Tensor rope_table, "

@@ -50,9 +50,10 @@ struct Config {
   static constexpr int kNextQuery = (kExchange + 640 + 127) / 128 * 128;
   static constexpr int kScratchBytes = kNextQuery + 2 * D * C;
 
+  static constexpr int kStateBytes = 112;  // of stream state and progress
   // Of one warp: ring, rope rows, two mbarriers, stream state and progress, sources of odd tiles.
   static constexpr int kWarpState = kStages * kSlotBytes + kRopeStages * kRopeBytes + 16;
-  static constexpr int kWarpBytes = kWarpState + 96 + 256 + 16;
+  static constexpr int kWarpBytes = kWarpState + kStateBytes + 256 + 16;
   static constexpr int shared_bytes(int warpgroups) {
     return kImageBytes + kMeanBytes + warpgroups * (kScratchBytes + 4 * kWarpBytes) + 16;
   }

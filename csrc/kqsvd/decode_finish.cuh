@@ -13,7 +13,7 @@ template <class Cf>
 __device__ __forceinline__ float2 part_weights(const float* record, int column, float lw, float mw) {
   const float l = record[Cf::kOutRows * Cf::C + column], m = record[(Cf::kOutRows + 3) * Cf::C + column];
   const float top = fmaxf(m, mw), f = exp2_fast(m - top), fw = exp2_fast(mw - top);
-  const float sum = f * l + fw * lw, inverse = sum > 0.f ? 1.f / sum : 0.f;
+  const float sum = f * l + fw * lw, inverse = sum > 0.f ? approximate_reciprocal(sum) : 0.f;
   return make_float2(f * inverse, fw * inverse);
 }
 
@@ -35,39 +35,49 @@ __device__ __forceinline__ float lower_fields(const float* sums, int channel, in
   return sum;
 }
 
-// A lane's rows of the means: of the 16-row tiles warp, warp + 4.
-template <class Cf>
-struct OutputMeans {
-  static constexpr int kTiles = (Cf::D / 16 + 3) / 4;
+// What a lane needs for its part of the output and can know early. Its rows of the means are of the 16-row tiles warp,
+// warp + Warps, ...; its columns are 2t, 2t + 1.
+template <class Cf, int Warps>
+struct OutputPlace {
+  static constexpr int kTiles = (Cf::D / 16 + Warps - 1) / Warps;
   float mean[kTiles][2], sink[kTiles][2], factor;
+  uint16_t* to[2];  // of columns 2t, 2t + 1; null where there is no row
 
-  __device__ __forceinline__ OutputMeans(const DecodeParams& p, int head, int warp, int lane) {
+  __device__ __forceinline__ OutputPlace(const DecodeParams& p, const Request& r, int head, int column0, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const float* from = p.value_mean + head * 2 * Cf::D + 16 * min(warp + 4 * k, Cf::D / 16 - 1) + (lane >> 2);
+      const float* from = p.value_mean + head * 2 * Cf::D + 16 * min(warp + Warps * k, Cf::D / 16 - 1) + (lane >> 2);
 #pragma unroll
       for (int y = 0; y < 2; ++y) mean[k][y] = from[8 * y], sink[k][y] = from[Cf::D + 8 * y];
     }
     factor = p.value_factor[head];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = 2 * (lane & 3) + c;
+      int row = 0, query_head = column0 + column % Cf::C;
+      for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
+      to[c] = static_cast<uint16_t*>(p.out) + (r.row + row) * p.out_token_stride +
+              (head * p.heads_per_kv + query_head) * p.out_head_stride;
+      if (column >= Cf::C || row >= r.num_rows) to[c] = nullptr;
+    }
   }
 };
 
 // out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
 // `latent`: the merged record of the latent part; `exact`: two halves of the window's; `basis`: A fragments
-// [head_dim / 16][groups][32]. All in shared memory.
-template <class Cf>
+// [head_dim / 16][groups][32]. All in shared memory. Warps: of the block; they share the 16-row tiles.
+template <class Cf, int Warps>
 __device__ __forceinline__ void write_output(const float* latent, const float* exact, const uint4* basis,
-                                             const OutputMeans<Cf>& means, const DecodeParams& p, const Request& r,
-                                             int head, int column0, int warp, int lane) {
+                                             const OutputPlace<Cf, Warps>& place, int is_bf16, int warp, int lane) {
   constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
   const int g = lane >> 2, t = lane & 3;
-  const auto weights = [&](int column) {
-    return part_weights<Cf>(latent, column, exact[Cf::kOutRows * C + column], exact[(Cf::kOutRows + 3) * C + column]);
-  };
+  const int of_g = g % C;
+  const float2 weights =
+      part_weights<Cf>(latent, of_g, exact[Cf::kOutRows * C + of_g], exact[(Cf::kOutRows + 3) * C + of_g]);
   uint32_t b[GV][2];
   {
-    const int column = g % C;
-    const float weight = g < C ? weights(column).x : 0.f;
+    const int column = of_g;
+    const float weight = g < C ? weights.x : 0.f;
     const float ps = latent[(Cf::kOutRows + 1) * C + column];
     static_for<GV>([&](auto ig) {
       constexpr int group = ig;
@@ -86,23 +96,17 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
     });
   }
   float exact_weight[2], mean_sum[2], sink_sum[2];
-  uint16_t* to[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int column = (2 * t + c) % C;
-    int row = 0, query_head = column0 + column;
-    for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
-    const float2 weight = weights(column);
-    exact_weight[c] = weight.y;
-    mean_sum[c] = latent[Cf::kOutRows * C + column] * weight.x;
-    sink_sum[c] = latent[(Cf::kOutRows + 2) * C + column] * weight.x;
-    to[c] = static_cast<uint16_t*>(p.out) + (r.row + row) * p.out_token_stride +
-            (head * p.heads_per_kv + query_head) * p.out_head_stride;
-    if (2 * t + c >= C || row >= r.num_rows) to[c] = nullptr;
+    const float weight = __shfl_sync(~0u, weights.x, 4 * column);  // lanes (g, t) have column g
+    exact_weight[c] = __shfl_sync(~0u, weights.y, 4 * column);
+    mean_sum[c] = latent[Cf::kOutRows * C + column] * weight;
+    sink_sum[c] = latent[(Cf::kOutRows + 2) * C + column] * weight;
   }
 #pragma unroll
-  for (int k = 0; k < OutputMeans<Cf>::kTiles; ++k) {
-    const int tile = warp + 4 * k;
+  for (int k = 0; k < OutputPlace<Cf, Warps>::kTiles; ++k) {
+    const int tile = warp + Warps * k;
     if (tile >= D / 16) break;
     float o[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -113,11 +117,11 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int y = e >> 1, c = e & 1, dim = 16 * tile + g + 8 * y, at = dim * C + (2 * t + c) % C;
-      const float x = o[e] * means.factor + mean_sum[c] * means.mean[k][y] + sink_sum[c] * means.sink[k][y] +
+      const float x = o[e] * place.factor + mean_sum[c] * place.mean[k][y] + sink_sum[c] * place.sink[k][y] +
                       exact_weight[c] * (exact[at] + exact[Cf::kRecord + at]);
       const uint16_t bits =
-          p.is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
-      if (to[c]) to[c][dim] = bits;
+          is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+      if (place.to[c]) place.to[c][dim] = bits;
     }
   }
 }
@@ -125,8 +129,8 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
 template <class Cf, int Parts>
 struct FinishShared {
   alignas(128) uint4 basis[Cf::D / 16 * Cf::GV * 32];
-  alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], scratch[4 * Parts * (64 * Parts)];
-  alignas(16) float parts[Parts > 1 ? Parts * Cf::kRecord : 1];
+  alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], exchange[160];
+  alignas(16) float parts[Parts > 1 ? Merging<Cf, Parts>::kGroups * Cf::kRecord : 1];
   uint64_t loaded;  // mbarrier of the basis
   int pieces;
   uint16_t list[kMaxPieces];
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
     bulk_copy(shared_address(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBytes / 16), kBytes, loaded);
   }
   const Request r = p.requests[request];
-  const OutputMeans<Cf> means(p, head, warp & 3, lane);
+  const OutputPlace<Cf, 4 * Parts> place(p, r, head, column0, warp, lane);
   const bool has_latent = r.first < r.last;
   if (has_latent && warp == 4 * Parts - 1) {  // a warp with the fewest tokens of the window
     const Cut cut(p, p.requests[p.num_requests].unit_begin);
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
   }
   if (r.num_rows > 0 && r.last < r.length) {
     if (part == 0) {
-      attend_window<Cf>(s.exact, s.scratch, p, r, request, head, column0, warp, lane);
+      attend_window<Cf>(s.exact, s.exchange, p, r, request, head, column0, warp, lane);
     } else {  // racecheck counts barriers, whichever they are: as many here as in merge_warps
       for (int i = 0; i < 3; ++i) warpgroup_barrier(part);
     }
@@ -179,9 +183,8 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
   const auto record = [&](int i) {
     return n == 0 ? whole : p.partials + static_cast<int64_t>(s.list[i]) * Cf::kRecord;
   };
-  merge_records<Cf, Parts>(s.latent, s.parts, s.scratch, record, !has_latent ? 0 : max(n, 1), thread);
-  if (part > 0) return;
-  write_output<Cf>(s.latent, s.exact, s.basis, means, p, r, head, column0, warp, lane);
+  merge_records<Cf, Parts>(s.latent, s.parts, record, !has_latent ? 0 : max(n, 1), thread);
+  if (warp < Cf::D / 16) write_output<Cf>(s.latent, s.exact, s.basis, place, p.is_bf16, warp, lane);
 }
 
 }  // namespace kqsvd::decode

@@ -15,6 +15,7 @@ struct Progress {
   int vh, begin, end, request;
   int none;                          // value of `request` before the first one
   int head, column0, key_exponent;  // of vh
+  int settled;  // whether pages may be read before the previous kernel has ended (pages_are_settled)
 };
 
 // Where the record of the item goes: a request that this warpgroup serves alone has a place of its own.
@@ -120,13 +121,14 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   };
   // Neither the constants of this CTA's first head nor the schedule and the block table are written by the kernel before
   // this one: read them while it ends. (decode.cu: a schedule kernel directly before has ended.)
-  int loaded = Cut(p, 0).first_head(blockIdx.x) / p.column_groups;
+  static_assert(sizeof(StreamState) <= 32 && 32 + sizeof(Progress) <= Cf::kStateBytes);
+  const Request* total = p.requests + p.num_requests;
+  const Cut whole(p, __ldcg(&total->unit_begin));
+  const int first_head = whole.first_head(blockIdx.x);
+  int loaded = first_head / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
-  if (lane == 0) {
-    const Cut cut(p, __ldcg(&p.requests[p.num_requests].unit_begin));
-    *at = Progress{cut, cut.first_head(blockIdx.x) - 1, 0, 0, 0, 0, 0, 0, 0};
-  }
+  if (lane == 0) *at = Progress{whole, first_head - 1, 0, 0, 0, 0, 0, 0, 0, __ldcg(&total->first)};
   __syncwarp();
 
 #pragma unroll 1
@@ -154,6 +156,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     __syncwarp();
     if (begin >= end) continue;
     stream.begin(p, lane);
+    stream.fetch_first_rope(p, lane);
+    if (at->settled) stream.issue(p, 0, 0, false, lane);
     Softmax<Cf> acc;
     acc.reset();
 #pragma unroll 1
@@ -165,25 +169,31 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       Request r;
       Item item;
       int request = at->request;
-      const bool more = find_item(p, at, Cf::kGrain, request, r, item);
       const bool begins = at->request == at->none;
+      // The last item of a range shows itself: nothing has to be read before its record can go out.
+      const bool over = !begins && scratch.item()->r.unit_end + kChangeUnits >= at->end;
+      const bool more = !over && find_item(p, at, Cf::kGrain, request, r, item);
       if (begins) {
-        wait_for_previous_grid();  // for the query, and pages of other requests that this step filled
+        wait_for_previous_grid();  // for the query, and for pages of other requests if this step fills some
         release_next_grid();  // the finishing blocks may be here early
       }
       if (more) fetch_query<Cf>(scratch.next_query(), p, r.row, r.num_rows, at->head, at->column0, thread & 127);
-      if (begins) {  // first pages behind the query, which else waits for megabytes of them; second pages when it is used
-        stream.fetch_first_rope(p, lane);
-        stream.issue(p, 0, 0, false, lane);
-      }
+      // First pages long before the query or behind it, which else waits for megabytes of them; second pages when it is used.
+      if (begins && !at->settled) stream.issue(p, 0, 0, false, lane);
       if (p.prefetch_window && more && r.unit_end <= at->end && (warp & 3) == 3) prefetch_window(p, r, request, at->head, lane);
       if (!begins) {  // the item before
         const Sums sums{
             {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
+        float* target = record_target<Cf>(p, scratch, at);
+        if (over) {
+          write_last_record<Cf, Cf::C == 4>(target, map.ring(4 * warpgroup), Cf::kWarpBytes, scratch.exchange(), acc.o, sums,
+                                            thread & 127, warpgroup);
+          break;
+        }
         const int g = lane >> 2;
         merge_warps<Cf, Cf::GV, Cf::C == 4>(scratch.record(), scratch.exchange(), acc.o, sums,
                                             [&](int i, int y) { return 16 * i + 8 * y + g; }, warp & 3, warpgroup, lane);
-        write_record<Cf>(record_target<Cf>(p, scratch, at), scratch.record(), thread & 127);
+        write_record<Cf>(target, scratch.record(), thread & 127);
       }
       if (!more) break;
       warpgroup_barrier(warpgroup);  // everyone is done with the item before
@@ -206,6 +216,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       attend_latent<Cf>(acc, stream, p, scratch, map.mean(), swizzled_descriptor(shared_address(map.image())), item,
                         map.ring(warp));
     }
+    warpgroup_barrier(warpgroup);  // the next head's pages will come where others still read
+    proxy_fence();
   }
   mbarrier_wait(image_bar, (loads - 1) & 1);  // no copy may outlive the CTA
   wait_for_previous_grid();

@@ -110,11 +110,67 @@ __device__ __forceinline__ void write_record(float* target, const float* halves,
   }
 }
 
+// The end of a warpgroup's range: its four warps' results as one record in global memory. No more pages will come, so the
+// warps' rings serve as room: merge_warps has to do with a record's. `rings`: of the first warp, `stride` bytes apart.
+template <class Cf, bool Fold, int Tiles>
+__device__ __forceinline__ void write_last_record(float* target, uint8_t* rings, int stride, float* exchange,
+                                                  const float (&o)[Tiles][4], Sums s, int thread, int warpgroup) {
+  constexpr int C = Cf::C, kMax = (Cf::kOutRows + 3) * 8;  // rows of 8 columns, then the maxima
+  static_assert((Cf::kOutRows + 4) * 32 <= Cf::kStages * Cf::kSlotBytes);
+  const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+  float* mine = reinterpret_cast<float*>(rings + warp * stride) + 2 * t;
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i)
+#pragma unroll
+    for (int y = 0; y < 2; ++y)
+      *reinterpret_cast<float2*>(mine + (16 * i + 8 * y + g) * 8) = make_float2(o[i][2 * y], o[i][2 * y + 1]);
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int d = 4; d < 32; d <<= 1) {
+      s.p[c] += __shfl_xor_sync(~0u, s.p[c], d);
+      s.sink[c] += __shfl_xor_sync(~0u, s.sink[c], d);
+    }
+  if (g == 0) {
+    float* stat = mine + Cf::kOutRows * 8;
+    *reinterpret_cast<float2*>(stat) = make_float2(s.p[0], s.p[1]);
+    *reinterpret_cast<float2*>(stat + 8) = make_float2(s.ps[0], s.ps[1]);
+    *reinterpret_cast<float2*>(stat + 16) = make_float2(s.sink[0], s.sink[1]);
+    *reinterpret_cast<float2*>(stat + 24) = make_float2(s.max[0], s.max[1]);
+  }
+  warpgroup_barrier(warpgroup);
+  const auto results = [&](int w) { return reinterpret_cast<const float*>(rings + w * stride); };
+  const float own = results(lane >> 3)[kMax + (lane & 7)];  // of warp lane / 8, column lane % 8
+  float top = fmaxf(own, __shfl_xor_sync(~0u, own, 8));
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+  if (Fold) top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+  float* factors = exchange + warp * 32;
+  factors[lane] = exp2_fast(own - top);
+  __syncwarp();
+  if (warp == 3 && lane < C) __stcg(target + (Cf::kOutRows + 3) * C + lane, top);
+#pragma unroll 1
+  for (int row = thread; row < Cf::kOutRows + 3; row += 128) {
+    float4 sum[2] = {make_float4(0.f, 0.f, 0.f, 0.f), make_float4(0.f, 0.f, 0.f, 0.f)};
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float4 x = reinterpret_cast<const float4*>(results(w) + row * 8)[h];
+        const float4 f = reinterpret_cast<const float4*>(factors + w * 8)[h];
+        float4& to = sum[Fold ? 0 : h];
+        to.x += f.x * x.x, to.y += f.y * x.y, to.z += f.z * x.z, to.w += f.w * x.w;
+      }
+    float4* at = reinterpret_cast<float4*>(target + row * C);
+    __stcg(at, sum[0]);
+    if (!Fold) __stcg(at + 1, sum[1]);
+  }
+}
+
 // Where the result of a piece goes: at most two requests of a head are cut by a warpgroup's range, one at each end.
 template <class Cf>
 __device__ __forceinline__ int piece_slot(const Cut& cut, int max_phases, int cta, int part, int head, int begin,
                                           int unit_begin) {
-  return ((cta * Cf::kWarpgroups + part) * max_phases + head - cut.first_head(cta)) * 2 + (begin > unit_begin ? 0 : 1);
+  return ((cta * Cf::kWarpgroups + part) * max_phases + cut.phase(cta, head)) * 2 + (begin > unit_begin ? 0 : 1);
 }
 
 constexpr int kMaxPieces = 512;  // of a request: the warpgroups of a grid are fewer
@@ -125,13 +181,14 @@ template <class Cf>
 __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int max_phases, int head, int unit_begin,
                                            int unit_end, int lane) {
   constexpr int parts = Cf::kWarpgroups;
-  int c0, c1, step, n = 0;
-  cut.ctas_of(head, c0, c1, step);
+  const int ctas = cut.num_with(head);
+  const Cut::Line line = cut.heads <= cut.num_ctas ? cut.line_of(head) : Cut::Line{};
+  int n = 0;
 #pragma unroll 1
-  for (int i = lane; i - lane < ((c1 - c0) / step + 1) * parts; i += 32) {
-    const int cta = c0 + i / parts * step, part = i % parts;
+  for (int i = lane; i - lane < ctas * parts; i += 32) {
+    const int k = min(i / parts, ctas - 1), cta = cut.cta_with(head, k), part = i % parts;
     int begin = 0, end = 0;
-    if (cta <= c1) cut.part_range<parts>(cta, part, head, begin, end);
+    if (i < ctas * parts) cut.part_range<parts>(line, cta, k, part, head, begin, end);
     const bool hit = max(begin, unit_begin) < min(end, unit_end);
     const bool whole = hit && begin <= unit_begin && unit_end <= end;
     const unsigned hits = __ballot_sync(~0u, hit);
@@ -144,89 +201,85 @@ __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int m
   return n;
 }
 
-// Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. A warpgroup is a part; it
-// takes every Parts-th record, a thread a row of it, with the rows of kAhead records on their way at once. `parts`: shared,
-// [Parts][kRecord], where Parts > 1; `weights`: shared, 64 * Parts floats of every warp. All threads of the block; ends with
-// a barrier.
+// How a finishing block shares the pieces of a request: groups of warps take every kGroups-th record, a thread the same
+// vectors of each, kAhead records on their way at once.
+template <class Cf, int Parts>
+struct Merging {
+  static constexpr int kVectors = Cf::kRecord / 4;  // of 16 bytes, in a record
+  static constexpr int kGroups = Parts == 1 ? 1 : 16 * Parts / Cf::C, kWidth = 128 * Parts / kGroups;
+  static constexpr int kEach = (kVectors + kWidth - 1) / kWidth, kAhead = Parts == 1 ? 4 : 3;
+  static_assert(kWidth % 32 == 0);
+};
+
+// Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. `parts`: shared,
+// [kGroups][kRecord], where Parts > 1. All threads of the block; ends with a barrier.
 template <class Cf, int Parts, class Record>
-__device__ __forceinline__ void merge_records(float* sum, float* parts, float* weights, Record record, int n, int thread) {
-  constexpr int C = Cf::C, kAhead = 64 / C, kChunk = Parts * kAhead, kMax = (Cf::kOutRows + 3) * C;
-  static_assert(kChunk <= 64);
-  const int part = Parts == 1 ? 0 : thread >> 7, at = thread & 127, lane = thread & 31;
-  const int row = min(at, Cf::kOutRows - 1), stat = Cf::kOutRows * C + at;
-  const bool has_stat = at < 3 * C;
-  weights += (thread >> 5) * (kChunk * C);
-  float top[C], acc[C] = {}, stats = 0.f;
-#pragma unroll
-  for (int c = 0; c < C; ++c) top[c] = kEmptyMax;
+__device__ __forceinline__ void merge_records(float* sum, float* parts, Record record, int n, int thread) {
+  using M = Merging<Cf, Parts>;
+  constexpr int C = Cf::C, kMax = (Cf::kOutRows + 3) * C / 4;  // the vector where the maxima begin
+  const int group = thread / M::kWidth, at = thread % M::kWidth, quad = at % (C / 4);  // columns 4 quad, ... of all vectors
+  float top[4] = {kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax}, acc[M::kEach][4] = {};
 #pragma unroll 1
-  for (int start = 0; start < n; start += kChunk) {
-    const int count = min(n - start, kChunk);
-    float x[kAhead][C], y[kAhead];
+  for (int first = group; first < n; first += M::kGroups * M::kAhead) {
+    float m[M::kAhead][4], x[M::kAhead][M::kEach][4];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const bool there = part + Parts * j < count;
-      const float* from = record(start + (there ? part + Parts * j : 0));
+    for (int j = 0; j < M::kAhead; ++j) {
+      const bool there = first + M::kGroups * j < n;
+      const float4* from = reinterpret_cast<const float4*>(record(there ? first + M::kGroups * j : first)) + at;
+      float4 v = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
+      if (there) v = __ldcg(from - at + kMax + quad);
+      *reinterpret_cast<float4*>(m[j]) = v;
 #pragma unroll
-      for (int c = 0; c < C; c += 4) {
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (there) v = __ldcg(reinterpret_cast<const float4*>(from + row * C + c));
-        *reinterpret_cast<float4*>(x[j] + c) = v;
+      for (int i = 0; i < M::kEach; ++i) {
+        v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (there && at + M::kWidth * i < kMax) v = __ldcg(from + M::kWidth * i);
+        *reinterpret_cast<float4*>(x[j][i]) = v;
       }
-      y[j] = there && has_stat ? __ldcg(from + stat) : 0.f;
     }
-    // Every warp finds the maxima and the weights of the chunk for itself.
-    constexpr int kPerLane = kChunk > 32 ? 2 : 1;
-    float m[kPerLane][C];
 #pragma unroll
-    for (int h = 0; h < kPerLane; ++h)
+    for (int c = 0; c < 4; ++c) {
+      float high = top[c];
 #pragma unroll
-      for (int c = 0; c < C; c += 4) {
-        float4 v = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
-        if (lane + 32 * h < count) v = __ldcg(reinterpret_cast<const float4*>(record(start + lane + 32 * h) + kMax + c));
-        *reinterpret_cast<float4*>(m[h] + c) = v;
-      }
-    __syncwarp();  // the weights before are used up
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      float high = fmaxf(top[c], fmaxf(m[0][c], m[kPerLane - 1][c]));
-#pragma unroll
-      for (int d = 1; d < 32; d <<= 1) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
+      for (int j = 0; j < M::kAhead; ++j) high = fmaxf(high, m[j][c]);
       const float keep = exp2_fast(top[c] - high);
       top[c] = high;
-      acc[c] *= keep;
-      if (at % C == c) stats *= keep;
 #pragma unroll
-      for (int h = 0; h < kPerLane; ++h)
-        if (lane + 32 * h < kChunk) weights[(lane + 32 * h) * C + c] = exp2_fast(m[h][c] - high);
-    }
-    __syncwarp();
+      for (int i = 0; i < M::kEach; ++i) acc[i][c] *= keep;
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (part + Parts * j >= count) break;
-      const float* w = weights + (part + Parts * j) * C;
+      for (int j = 0; j < M::kAhead; ++j) {
+        const float weight = exp2_fast(m[j][c] - high);
 #pragma unroll
-      for (int c = 0; c < C; ++c) acc[c] += w[c] * x[j][c];
-      stats += w[at % C] * y[j];
+        for (int i = 0; i < M::kEach; ++i) acc[i][c] += weight * x[j][i][c];
+      }
     }
   }
-  float* mine = Parts == 1 ? sum : parts + part * Cf::kRecord;
-  if (at < Cf::kOutRows) {
+  float4* mine = reinterpret_cast<float4*>(Parts == 1 ? sum : parts + group * Cf::kRecord);
 #pragma unroll
-    for (int c = 0; c < C; ++c) mine[at * C + c] = acc[c];
-  }
-  if (has_stat) mine[stat] = stats;
-  if (thread == 0) {
-#pragma unroll
-    for (int c = 0; c < C; ++c) sum[kMax + c] = top[c];
+  for (int i = 0; i < M::kEach; ++i) {
+    const int v = at + M::kWidth * i;
+    if (v < kMax) mine[v] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    else if (v < M::kVectors) mine[v] = make_float4(top[0], top[1], top[2], top[3]);
   }
   __syncthreads();
-  if constexpr (Parts > 1) {
-    for (int i = thread; i < kMax; i += 128 * Parts) {
-      float x = 0.f;
+  if constexpr (Parts > 1) {  // a thread has half of the columns of a row
+    constexpr int kHalf = C / 2;
+    static_assert(Cf::kRecord / kHalf <= 128 * Parts && 128 * Parts % 2 == 0);
+    const int i = thread * kHalf, column = i % C;
+    if (i < Cf::kRecord) {
+      float high[kHalf], x[kHalf] = {};
 #pragma unroll
-      for (int k = 0; k < Parts; ++k) x += parts[k * Cf::kRecord + i];
-      sum[i] = x;
+      for (int c = 0; c < kHalf; ++c) high[c] = kEmptyMax;
+#pragma unroll
+      for (int k = 0; k < M::kGroups; ++k)
+#pragma unroll
+        for (int c = 0; c < kHalf; ++c) high[c] = fmaxf(high[c], parts[k * Cf::kRecord + 4 * kMax + column + c]);
+#pragma unroll
+      for (int k = 0; k < M::kGroups; ++k)
+#pragma unroll
+        for (int c = 0; c < kHalf; ++c)
+          x[c] += exp2_fast(parts[k * Cf::kRecord + 4 * kMax + column + c] - high[c]) * parts[k * Cf::kRecord + i + c];
+#pragma unroll
+      for (int c = 0; c < kHalf; ++c) sum[i + c] = i < 4 * kMax ? x[c] : high[c];
     }
     __syncthreads();
   }

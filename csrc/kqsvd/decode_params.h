@@ -8,7 +8,7 @@ namespace kqsvd::decode {
 
 // One request of a step as the schedule kernel sees it. Positions are token positions in the sequence.
 struct alignas(16) Request {
-  int unit_begin, unit_end;  // its range of work units in every virtual head
+  int unit_begin, unit_end;  // its range of work units in every virtual head; kChangeUnits of nothing follow
   int first, last;           // latent positions [first, last); first is aligned to a grain
   int p0;                    // position of its first query row
   int row;                   // its first row in query and out
@@ -19,12 +19,17 @@ struct alignas(16) Request {
 struct ScheduleParams {
   const int* seq_lens;         // [num_requests]
   const int* query_start_loc;  // [num_requests + 1]
-  Request* requests;           // [table_rows]; rows from num_requests on are empty, their unit_begin is the total
+  // [table_rows]; rows from num_requests on are empty: unit_begin is the total, `first` 1 if the step's pages are settled.
+  Request* requests;
   int num_requests;
   int table_rows;  // all are written, so that a graph captured for more requests finds the surplus empty
   int window;          // positions kept exactly; 0: none
   int sliding_window;  // visible positions; 0: all
   int grain;           // tokens of one warp's smallest piece of work; four make a unit
+  // Null: the step's pages count as unsettled. Otherwise [num_requests][...] pages of block_size positions.
+  const int* block_table;
+  int64_t block_table_stride;
+  int block_size;
 };
 
 struct DecodeParams {
@@ -69,10 +74,14 @@ struct DecodeParams {
   float* whole_partials;   // [request][virtual head]: results of requests that are not split
   int num_ctas, max_phases;
   int late_ctas, late_units;  // the last CTAs, and how much less they get
+  int most_ctas, big_heads;   // of a virtual head, and how many have so many; the others have one less
   int finish_parts;        // warpgroups of a finishing block: 1 or kFewParts
 };
 
 constexpr int kFewParts = 4;
+
+// What it takes a warpgroup to go from one request to the next, in units: ranges are cut as if requests lay so far apart.
+constexpr int kChangeUnits = 1;
 
 // How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
 // no latent CTA: as long as finishing blocks are few, some multiprocessors are left to them, so that they begin early and
@@ -91,7 +100,7 @@ inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
   return {ctas, few ? kFewParts : 1, late ? static_cast<int>(crowded) : 0};
 }
 
-// Bytes of latents that a CTA reads while a late one gets ready: about 8 us of an H100's bandwidth.
-constexpr int kLateBytes = 176 << 10;
+// Bytes of latents that a CTA reads while a late one gets ready: about 10 us of an H100's bandwidth.
+constexpr int kLateBytes = 210 << 10;
 
 }  // namespace kqsvd::decode

@@ -8,6 +8,41 @@ namespace kqsvd::decode {
 
 __device__ __forceinline__ int align_down(int x, int a) { return x - x % a; }
 
+// Whether no latent page that a request reads has tokens of this step: then decode kernels may read pages while the kernel
+// that stores this step's tokens is still at work. A request reads no latents of its own new tokens where a window is kept.
+// Those of another one can only be in a page that both have, and requests share full pages alone: pages that this step
+// fills are looked up in every other request's table. All threads of the block; thread i wrote row i of `requests`.
+template <int Threads>
+__device__ __forceinline__ bool pages_are_settled(const ScheduleParams& p) {
+  constexpr int kMost = 1024;
+  struct Filled {
+    int request, block, page;
+  };
+  __shared__ Filled filled[kMost];
+  __shared__ int num_filled, conflict;
+  if (threadIdx.x == 0) num_filled = 0, conflict = p.window <= 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.num_requests; i += Threads) {
+    const Request r = p.requests[i];
+    for (int block = r.p0 / p.block_size; r.num_rows > 0 && (block + 1) * p.block_size <= r.length; ++block) {
+      const int at = atomicAdd(&num_filled, 1);
+      if (at < kMost) filled[at] = {i, block, p.block_table[i * p.block_table_stride + block]};
+    }
+  }
+  __syncthreads();
+  bool found = num_filled > kMost;
+  for (int i = threadIdx.x; i < p.num_requests && !found; i += Threads) {
+    const int last = p.requests[i].last;
+#pragma unroll 4
+    for (int k = 0; k < num_filled; ++k)
+      found |= filled[k].request != i && filled[k].block * p.block_size < last &&
+               p.block_table[i * p.block_table_stride + filled[k].block] == filled[k].page;
+  }
+  if (found) conflict = 1;
+  __syncthreads();
+  return conflict == 0;
+}
+
 // One block of 1024 threads; fills `requests` by a running sum over the batch.
 template <int Threads>
 __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
@@ -35,7 +70,8 @@ __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant
         r.num_rows = 0;
       }
     }
-    int sum = units;
+    const int taken = units > 0 ? units + kChangeUnits : 0;
+    int sum = taken;
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
       const int other = __shfl_up_sync(~0u, sum, d);
@@ -48,12 +84,15 @@ __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant
       if (w < warp) before += warp_sum[w];
       all += warp_sum[w];
     }
-    r.unit_end = base + before + sum;
-    r.unit_begin = r.unit_end - units;
+    r.unit_begin = base + before + sum - taken;
+    if (i >= p.num_requests) r.unit_begin = max(r.unit_begin - kChangeUnits, 0);  // none after the last one
+    r.unit_end = r.unit_begin + units;
     if (i < p.table_rows) p.requests[i] = r;
     base += all;
     __syncthreads();
   }
+  const bool settled = p.block_table != nullptr && pages_are_settled<Threads>(p);
+  for (int i = p.num_requests + threadIdx.x; i < p.table_rows; i += Threads) p.requests[i].first = settled;
   __threadfence();  // the latent kernel may start as soon as this one ends, and reads the table without waiting
 }
 

@@ -131,7 +131,7 @@ struct SlotStream {
   __device__ uint32_t bar(int stage) const { return rope() + Cf::kRopeStages * Cf::kRopeBytes + stage * 8; }
 
   static __device__ StreamState* state(uint8_t* ring) { return reinterpret_cast<StreamState*>(ring + Cf::kWarpState); }
-  static __device__ uint2* odd(uint8_t* ring) { return reinterpret_cast<uint2*>(ring + Cf::kWarpState + 96); }
+  static __device__ uint2* odd(uint8_t* ring) { return reinterpret_cast<uint2*>(ring + Cf::kWarpState + Cf::kStateBytes); }
   __device__ uint8_t* generic() const { return static_cast<uint8_t*>(__cvta_shared_to_generic(ring)); }
 
   // Lays out the first slots of a range, before anything of it is copied.

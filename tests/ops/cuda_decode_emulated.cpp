@@ -37,6 +37,8 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
     run(finish_kernel<Cf, kFewParts>, *p, grid, 128 * kFewParts, sizeof(FinishShared<Cf, kFewParts>));
 }
 
+void schedule(const ScheduleParams* p) { run(schedule_kernel<64>, *p, dim3(1), 64, 0); }
+
 // [latent CTAs, warpgroups of a finishing block, late CTAs]
 void grid(int multiprocessors, int heads, int requests, int* out) {
   const Grid found = grid_of(multiprocessors, heads, requests);
@@ -44,17 +46,21 @@ void grid(int multiprocessors, int heads, int requests, int* out) {
 }
 
 // How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],
-// ctas_of [head][first, last, step].
+// ctas_of [head][num_with, cta_with 0, 1, ...] padded with -1 to `ctas` + 1.
 void cut_lines(int units, int heads, int ctas, int late_ctas, int late_units, int* ranges, int* heads_of, int* ctas_of) {
   DecodeParams p{};
   p.num_kv_heads = heads, p.column_groups = 1, p.num_ctas = ctas, p.late_ctas = late_ctas, p.late_units = late_units;
+  p.most_ctas = (ctas + heads - 1) / heads, p.big_heads = ctas - (p.most_ctas - 1) * heads;
   const Cut cut(p, units);
   for (int cta = 0; cta < ctas; ++cta) {
     heads_of[2 * cta] = cut.first_head(cta), heads_of[2 * cta + 1] = cut.last_head(cta);
     for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head)
       cut.part_range<1>(cta, 0, head, ranges[2 * (cta * heads + head)], ranges[2 * (cta * heads + head) + 1]);
   }
-  for (int head = 0; head < heads; ++head)
-    cut.ctas_of(head, ctas_of[3 * head], ctas_of[3 * head + 1], ctas_of[3 * head + 2]);
+  for (int head = 0; head < heads; ++head) {
+    int* of = ctas_of + head * (ctas + 1);
+    of[0] = cut.num_with(head);
+    for (int i = 0; i < ctas; ++i) of[1 + i] = i < of[0] ? cut.cta_with(head, i) : -1;
+  }
 }
 }

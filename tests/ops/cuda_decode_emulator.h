@@ -32,6 +32,12 @@ T __shfl_up_sync(unsigned, T value, int by) {
   const int lane = emulator::my_lane();
   return emulated_shuffle(value, lane >= by ? lane - by : lane);
 }
+template <typename T>
+T atomicAdd(T* p, T x) {
+  const T old = *p;
+  *p = old + x;
+  return old;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {  // the product is exact in float

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 class ScheduleParams(ctypes.Structure):
     _fields_ = [(n, P) for n in ("seq_lens", "query_start_loc", "requests")]
     _fields_ += [(n, I32) for n in ("num_requests", "table_rows", "window", "sliding_window", "grain")]
+    _fields_ += [("block_table", P), ("block_table_stride", I64), ("block_size", I32)]
 
 
 class DecodeParams(ctypes.Structure):
@@ -51,7 +52,8 @@ class DecodeParams(ctypes.Structure):
     _fields_ += [("rotary_dim", I32), ("rotary_interleaved", I32), ("scale_log2", F32), ("soft_cap_log2", F32)]
     _fields_ += [(n, I32) for n in ("sliding_window", "is_bf16", "num_kv_heads", "heads_per_kv", "column_groups")]
     _fields_ += [("partials", P), ("whole_partials", P), ("num_ctas", I32), ("max_phases", I32)]
-    _fields_ += [("late_ctas", I32), ("late_units", I32), ("finish_parts", I32)]
+    _fields_ += [("late_ctas", I32), ("late_units", I32), ("most_ctas", I32), ("big_heads", I32)]
+    _fields_ += [("finish_parts", I32)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,10 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     schedule = ScheduleParams(
         step.seq_lens.data_ptr(), step.query_start_loc.data_ptr(), requests.data_ptr(), step.num_reqs,
         requests.shape[0], case.window, case.sliding_window, 0,
+        None, step.block_table.stride(0), case.block_size,
     )  # fmt: skip
+    if case.window and len(case.lengths) != 3:  # as the caller does, but that the other way is tried too
+        schedule.block_table = step.block_table.data_ptr()
     p = DecodeParams()
     p.query, p.query_strides = t["query"].data_ptr(), (I64 * 2)(*t["query"].stride()[:2])
     p.out, p.out_strides = out.data_ptr(), (I64 * 2)(*out.stride()[:2])
@@ -121,6 +126,8 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     p.partials, p.whole_partials = partials.data_ptr(), whole_partials.data_ptr()
     p.num_ctas, p.max_phases = NUM_CTAS, phases
     p.late_ctas, p.late_units = (1, 2) if len(case.lengths) % 2 else (0, 0)
+    p.most_ctas = -(-NUM_CTAS // heads)
+    p.big_heads = NUM_CTAS - (p.most_ctas - 1) * heads
     p.finish_parts = 4 if step.num_reqs == 1 else 1
     lib.decode(ctypes.byref(schedule), ctypes.byref(p))
     window = reference.ExactWindow(t["window_pages"], step.window_block_table, case.window) if case.window else None
@@ -181,6 +188,39 @@ def test_plans_with_planes_of_one_bit(library, plan: str) -> None:
     assert worst_row < 1e-3
 
 
+SHARED = {  # lengths, query rows, block tables (blocks of 16), window, whether pages are settled
+    "own pages": ((160, 100), (1, 1), ((1, 2), (3, 4)), 64, True),
+    "a shared prefix of before": ((161, 170), (1, 1), ((1, 2), (1, 2)), 64, True),
+    "a page filled now": ((32, 170), (1, 1), ((1, 2), (1, 2)), 16, False),
+    "a page filled now by drafts": ((34, 170), (4, 1), ((1, 2), (1, 2)), 16, False),
+    "filled now, but in the reader's window": ((32, 40), (1, 1), ((1, 2), (1, 2)), 64, True),
+    "not full": ((31, 170), (1, 1), ((1, 2), (1, 2)), 16, True),
+    "another page": ((32, 170), (1, 1), ((1, 2), (1, 3)), 16, True),
+    "no window": ((32, 170), (1, 1), ((1, 2), (3, 4)), 0, False),
+    "an empty row": ((32, 170, 0), (0, 1, 1), ((1, 2), (1, 2), (0, 0)), 16, True),
+}
+
+
+@pytest.mark.parametrize("name", list(SHARED))
+def test_pages_that_a_step_fills_are_known(library, name: str) -> None:
+    lengths, rows, tables, window, settled = SHARED[name]
+    requests = torch.full((8, 8), -1, dtype=torch.int32)
+    table = torch.zeros(len(tables), 20, dtype=torch.int32)
+    table[:, :2] = torch.tensor(tables, dtype=torch.int32)
+    table[:, 2:] = torch.arange(100, 100 + 18 * len(tables)).view(len(tables), 18)
+    starts = torch.tensor((0, *rows), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    schedule = ScheduleParams(
+        seq_lens.data_ptr(), starts.data_ptr(), requests.data_ptr(), len(lengths), 8, window, 0, 64,
+        table.data_ptr(), table.stride(0), 16,
+    )  # fmt: skip
+    library(Instance("d64_b34a", 4, 32)).schedule(ctypes.byref(schedule))
+    assert requests[len(lengths) :, 2].tolist() == [settled] * (8 - len(lengths))
+    schedule.block_table = None
+    library(Instance("d64_b34a", 4, 32)).schedule(ctypes.byref(schedule))
+    assert not requests[len(lengths) :, 2].any()
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     units=st.integers(1, 3000),
@@ -196,21 +236,26 @@ def test_ctas_share_the_heads_without_gap_or_overlap(
     library, units: int, heads: int, ctas: int, late: float, late_units: int
 ) -> None:
     ranges = torch.zeros(ctas, heads, 2, dtype=torch.int32)
-    heads_of, ctas_of = torch.zeros(ctas, 2, dtype=torch.int32), torch.zeros(heads, 3, dtype=torch.int32)
+    heads_of, ctas_of = torch.zeros(ctas, 2, dtype=torch.int32), torch.zeros(heads, ctas + 1, dtype=torch.int32)
     lib, late_ctas = library(Instance("d64_b34a", 4, 32)), round(late * ctas)
     lib.cut_lines(units, heads, ctas, late_ctas, late_units, *map(pointer, (ranges, heads_of, ctas_of)))
     for h in range(heads):
         held = [(int(b), int(e), c) for c, (b, e) in enumerate(ranges[:, h].tolist()) if e > b]
         assert held[0][0] == 0 and held[-1][1] == units
         assert all(a[1] == b[0] for a, b in pairwise(held))
-        first, last, step = ctas_of[h].tolist()
-        assert {c for *_, c in held} <= set(range(first, last + 1, step))
-        if heads <= ctas - late_ctas:
-            sizes = (ranges[h::heads, h, 1] - ranges[h::heads, h, 0]).tolist()
-            early = len(range(h, ctas - late_ctas, heads))
+        mine = ctas_of[h, 1 : 1 + int(ctas_of[h, 0])].tolist()
+        assert [c for *_, c in held] == [c for c in mine if c in {c for *_, c in held}]  # in the order of the units
+        if heads <= ctas:
+            assert [h, h] * len(mine) == heads_of[mine].flatten().tolist()
+            sizes = (ranges[mine, h, 1] - ranges[mine, h, 0]).tolist()
+            early = sum(c < ctas - late_ctas for c in mine)
+            if max(sizes) - min(sizes) <= 1:
+                continue  # so few CTAs a head that all get the same
             less = min(late_units, units // early) if early < len(sizes) else 0
             assert max(sizes[:early]) - min(sizes[:early]) <= 1
             assert all(abs(min(sizes[:early]) - less - n) <= 1 for n in sizes[early:])
+    if heads <= ctas:
+        assert sorted(c for h in range(heads) for c in ctas_of[h].tolist()[1:] if c >= 0) == list(range(ctas))
     phases = (heads_of[:, 1] - heads_of[:, 0] + 1).max()
     assert phases <= -(-heads // ctas) + 1  # what the workspace has room for
 

@@ -38,6 +38,7 @@ class DecodeWorkspace:
     partials: torch.Tensor = field(init=False)
     whole_partials: torch.Tensor = field(init=False)
     requests: dict[ScheduleKind, torch.Tensor] = field(default_factory=dict)
+    block_tables: dict[ScheduleKind, int] = field(default_factory=dict)
     rope_tables: dict[tuple[object, ...], tuple[int, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,14 @@ class DecodeWorkspace:
             table = torch.zeros(rows, _REQUEST_INTS, dtype=torch.int32, device=self.device)
             self.requests[kind] = table
         return table
+
+
+    def one_block_table(self, kind: ScheduleKind, table: torch.Tensor) -> bool:
+        """Whether all steps of a kind came with the same block table. Cache groups of one kind share a request table, and
+        what is said there about pages of one group would not hold for another's."""
+        if self.block_tables.setdefault(kind, table.data_ptr()) != table.data_ptr():
+            self.block_tables[kind] = -1
+        return self.block_tables[kind] != -1
 
 
 _workspaces: dict[torch.device, DecodeWorkspace] = {}
@@ -148,8 +157,13 @@ class CudaDecode:
         return ScheduleKind(instance, s.window if has_window else 0, s.sliding_window)
 
     def schedule(self, step: Step, has_window: bool) -> tuple[ScheduleKind, torch.Tensor]:
-        """Cut the step's decode requests into work on the device; reuse the result for every layer of this kind."""
+        """Cut the step's decode requests into work on the device; reuse the result for every layer of this kind.
+
+        A step of decode requests alone also finds out whether its pages may be read while its own tokens are stored.
+        """
         kind = self.kind(step.max_decode_len, has_window)
+        same = self.workspace.one_block_table(kind, step.block_table)
+        settled = same and step.num_decodes == step.num_reqs and kind.window > 0
         table = self.workspace.request_table(kind, step.num_decodes)
         torch.ops.kqsvd.decode_schedule(
             step.seq_lens,
@@ -159,6 +173,8 @@ class CudaDecode:
             step.num_decodes,
             kind.window,
             kind.sliding_window,
+            step.block_table if settled else None,
+            self.shape.block_size,
         )
         return kind, table
 
