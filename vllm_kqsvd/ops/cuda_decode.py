@@ -61,10 +61,9 @@ class DecodeWorkspace:
             self.requests[kind] = table
         return table
 
-
     def one_block_table(self, kind: ScheduleKind, table: torch.Tensor) -> bool:
-        """Whether all steps of a kind came with the same block table. Cache groups of one kind share a request table, and
-        what is said there about pages of one group would not hold for another's."""
+        """Whether all steps of a kind came with the same block table. Cache groups of one kind share a request table,
+        and what is said there about the pages of one group would not hold for another's."""
         if self.block_tables.setdefault(kind, table.data_ptr()) != table.data_ptr():
             self.block_tables[kind] = -1
         return self.block_tables[kind] != -1
