@@ -207,7 +207,8 @@ def load_section() -> str:
         [
             r["model"], f"{r['requests']} x {serving_plot.load_name(r)}", str(serving_plot.at_a_time(r)),
             r["format"].replace("auto", "bf16"), number(r["bits"], 2), number(r["kv_tokens"]), r["running"],
-            number(r["tok_s"], 1), *(number(r[k]) for k in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")),
+            number(r["tok_s"], 1), *(number(r[k]) for k in ("ttft_p50", "ttft_p99")),
+            *(number(r[k], 1) for k in ("tpot_p50", "tpot_p99")),
         ]
         for r in rows
     ]  # fmt: skip

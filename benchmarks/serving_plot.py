@@ -36,6 +36,11 @@ def load_name(row: Row) -> str:
     return ask + (f", TP {row['tensor_parallel']}" if int(row.get("tensor_parallel") or 1) > 1 else "")
 
 
+def length(row: Row) -> int:
+    """Tokens of a prompt; 0 where a trace says it."""
+    return int(row["input_len"]) if row["input_len"].isdigit() else 0
+
+
 def at_a_time(row: Row) -> int:
     """How many requests the client kept open."""
     return int(row.get("concurrency") or row["requests"])
@@ -44,7 +49,7 @@ def at_a_time(row: Row) -> int:
 def load_rows() -> list[Row]:
     """The newest row of every format, load and concurrency, by load."""
     rows = newest([r for r in read("serving_load") if r.get("tok_s")], KEYS)
-    return sorted(rows, key=lambda r: (r["device"], r["model"], load_name(r), at_a_time(r)))
+    return sorted(rows, key=lambda r: (r["device"], r["model"], length(r), load_name(r), at_a_time(r)))
 
 
 def draw(rows: list[Row], out: Path) -> None:
@@ -54,7 +59,8 @@ def draw(rows: list[Row], out: Path) -> None:
     panels: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         panels[row["device"], row["model"], load_name(row)][row["format"]].append(row)
-    figure = Figure(figsize=(9.6, 3.6 * len(panels) + 0.5), layout="constrained")
+    panels = {k: v for k, v in panels.items() if sum(map(len, v.values())) > 1} or panels  # one point compares nothing
+    figure = Figure(figsize=(9.6, 2.7 * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), len(AXES), squeeze=False)
     for line, ((device, model, load), found) in zip(axes, panels.items(), strict=True):
         for panel, (latency, label) in zip(line, AXES.items(), strict=True):
@@ -69,7 +75,8 @@ def draw(rows: list[Row], out: Path) -> None:
                     panel.annotate(
                         str(at_a_time(row)), at, (3, 4), textcoords="offset points", fontsize=7, color=colour
                     )
-            panel.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+            highest = max(float(r["tok_s"]) for curve in found.values() for r in curve)
+            panel.set(xlabel=label, xlim=(0, None), ylim=(0, 1.15 * highest))
             panel.grid(alpha=0.3)
         line[0].set_ylabel("output tokens per second")
         line[0].set_title(f"{model}: {load}", fontsize=9)
