@@ -16,7 +16,7 @@ from tests.ops.decode_sass import BUDGETS, budget, cuobjdump, instructions_per_e
 from vllm_kqsvd.layout import layout_of
 from vllm_kqsvd.ops import cuda_decode_constants as constants
 from vllm_kqsvd.ops import reference
-from vllm_kqsvd.ops.cuda_decode import why_unsupported
+from vllm_kqsvd.ops.cuda_decode import DecodeWorkspace, ScheduleKind, why_unsupported
 from vllm_kqsvd.ops.interface import LayerShape
 from vllm_kqsvd.plan import LayerPlan
 from vllm_kqsvd.plan_catalog import PLANS, Instance, find_instance, instances
@@ -163,6 +163,17 @@ def test_value_constants_give_the_reference_sum(coded) -> None:
     want = p @ value[:, 0]
     assert (byte >= 128).any()
     assert (out - want).norm() < 1e-3 * want.norm()
+
+
+def test_block_tables_of_a_kind_are_told_apart() -> None:
+    workspace, table = DecodeWorkspace(torch.device("cpu")), torch.zeros(8, 4, dtype=torch.int32)
+    one, other = (ScheduleKind(next(iter(instances())), window, 0) for window in (64, 0))
+    assert all(workspace.one_block_table(one, table[:n]) for n in (8, 3, 5))  # rows of the same
+    assert workspace.one_block_table(other, table[2:])
+    assert not workspace.one_block_table(one, table.clone())  # a second group of this kind: never again
+    assert not workspace.one_block_table(one, table)
+    workspace.block_tables.clear()
+    assert workspace.one_block_table(one, table)
 
 
 def test_generated_sources_are_current() -> None:

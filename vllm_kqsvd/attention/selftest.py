@@ -103,6 +103,7 @@ def check_layer(ops: LayerOps, codec: LayerCodec, device: torch.device, name: st
         got = _run(ops, rows, prompt, drafts, device)
     except (RuntimeError, ValueError) as e:
         raise KernelError(f"layer {name!r}: kernels {ops.name!r} failed the start-up self-test: {e}") from e
+    ops.forget_steps()
     codec, run = codec.to(device), (prompt, drafts, device)
     want = _run(ReferenceOps(codec, shape), rows, *run)
     error, allowed = float((got - want).norm() / want.norm().clamp_min(1e-6)), TOLERANCE[shape.dtype]

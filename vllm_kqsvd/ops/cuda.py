@@ -73,6 +73,12 @@ class CudaOps(LayerOps):
         """See LayerOps.reserve."""
         self._decode.reserve(max_requests, max_position, self.max_decode_len)
 
+    def forget_steps(self) -> None:
+        """See LayerOps.forget_steps."""
+        from vllm_kqsvd.ops.cuda_decode import workspace_of
+
+        workspace_of(self.device).block_tables.clear()
+
     def plan_step(self, step: Step) -> CudaPlan:
         """Schedules of one step, shared by all layers; no host sync (none but a copy to the device for prefill)."""
         plan = CudaPlan(plan_prefill(step, self.shape.window, self.prefill.capacity))

@@ -77,6 +77,9 @@ class LayerOps(ABC):
         """Device-side preparation shared by all layers of a step; becomes `step.plan`. No host sync."""
         return None
 
+    def forget_steps(self) -> None:  # noqa: B027 (optional)
+        """Drop what earlier steps told: they were the start-up self-test's, on tensors that serving does not use."""
+
     @abstractmethod
     def store(
         self,
