@@ -74,9 +74,10 @@ def test_cpu_equals_reference(frame, plan):
     compare(frame, plan)
 
 
+@pytest.mark.parametrize("span", [64, 8])  # requests of one to four spans; less than a block
 @pytest.mark.parametrize("frame", CASES.values(), ids=CASES)
-def test_history_in_spans(frame, monkeypatch):
-    monkeypatch.setattr(cpu, "SPAN", 64)  # requests of one to four spans
+def test_history_in_spans(frame, span, monkeypatch):
+    monkeypatch.setattr(cpu, "SPAN", span)
     compare(frame, ((4, 2, 2), (3, 3, 3, 3)))
 
 

@@ -149,7 +149,7 @@ class CpuOps(ReferenceOps):
         s, q_len = self.shape, q.shape[0]
         grouped = q.float().view(q_len, s.num_kv_heads, -1, s.head_dim).permute(1, 2, 0, 3)
         grouped = grouped.reshape(s.num_kv_heads, -1, s.head_dim)  # [H, g q_len, d]
-        step = SPAN // s.block_size * s.block_size
+        step = max(SPAN // s.block_size, 1) * s.block_size
         merged = None
         for start in range(0, first, step):
             length = min(step, first - start)
