@@ -14,6 +14,17 @@ constexpr float kEmptyMax = -1e28f;  // maximum of no scores; masked scores are 
 // Results of one warp: columns 2t, 2t + 1 in lane (g, t).
 struct Sums {
   float max[2], p[2], ps[2], sink[2];
+
+  // Adds up what the lanes g of a column have; the maximum and sum p s are the same in all of them.
+  __device__ __forceinline__ void add_rows() {
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) {
+        p[c] += __shfl_xor_sync(~0u, p[c], d);
+        sink[c] += __shfl_xor_sync(~0u, sink[c], d);
+      }
+  }
 };
 
 // Merges four warps, in a fixed order, into two halves of a record: record[i] + record[kRecord + i]. Statistics rows are
@@ -23,13 +34,7 @@ template <class Cf, int Tiles, bool Fold, class Row>
 __device__ __forceinline__ void merge_warps(float* record, float* exchange, float (&o)[Tiles][4], Sums s, Row row,
                                             int warp, int warpgroup, int lane) {
   const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int c = 0; c < 2; ++c)
-#pragma unroll
-    for (int d = 4; d < 32; d <<= 1) {
-      s.p[c] += __shfl_xor_sync(~0u, s.p[c], d);
-      s.sink[c] += __shfl_xor_sync(~0u, s.sink[c], d);
-    }
+  s.add_rows();
   if (g == 0) *reinterpret_cast<float2*>(exchange + warp * 8 + 2 * t) = make_float2(s.max[0], s.max[1]);
   warpgroup_barrier(warpgroup);  // also: the scratch is free
   float all[2], f[2];
@@ -124,13 +129,7 @@ __device__ __forceinline__ void write_last_record(float* target, uint8_t* rings,
 #pragma unroll
     for (int y = 0; y < 2; ++y)
       *reinterpret_cast<float2*>(mine + (16 * i + 8 * y + g) * 8) = make_float2(o[i][2 * y], o[i][2 * y + 1]);
-#pragma unroll
-  for (int c = 0; c < 2; ++c)
-#pragma unroll
-    for (int d = 4; d < 32; d <<= 1) {
-      s.p[c] += __shfl_xor_sync(~0u, s.p[c], d);
-      s.sink[c] += __shfl_xor_sync(~0u, s.sink[c], d);
-    }
+  s.add_rows();
   if (g == 0) {
     float* stat = mine + Cf::kOutRows * 8;
     *reinterpret_cast<float2*>(stat) = make_float2(s.p[0], s.p[1]);
@@ -263,7 +262,7 @@ __device__ __forceinline__ void merge_records(float* sum, float* parts, Record r
   __syncthreads();
   if constexpr (Parts > 1) {  // a thread has half of the columns of a row
     constexpr int kHalf = C / 2;
-    static_assert(Cf::kRecord / kHalf <= 128 * Parts && 128 * Parts % 2 == 0);
+    static_assert(Cf::kRecord / kHalf <= 128 * Parts);
     const int i = thread * kHalf, column = i % C;
     if (i < Cf::kRecord) {
       float high[kHalf], x[kHalf] = {};

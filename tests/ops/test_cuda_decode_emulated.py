@@ -260,6 +260,19 @@ def test_ctas_share_the_heads_without_gap_or_overlap(
     assert phases <= -(-heads // ctas) + 1  # what the workspace has room for
 
 
+def test_late_ctas_go_to_the_heads_with_more(library) -> None:
+    """8 heads on 132 CTAs, 16 requests of 8k: heads with 17 CTAs have 6 late ones, those with 16 have 2."""
+    ranges, heads_of = torch.zeros(132, 8, 2, dtype=torch.int32), torch.zeros(132, 2, dtype=torch.int32)
+    ctas_of = torch.zeros(8, 133, dtype=torch.int32)
+    library(Instance("d64_b34a", 4, 32)).cut_lines(527, 8, 132, 32, 8, *map(pointer, (ranges, heads_of, ctas_of)))
+    sizes = (ranges[..., 1] - ranges[..., 0]).sum(1)
+    assert (heads_of[:, 0] == heads_of[:, 1]).all()
+    assert heads_of[100:, 0].bincount().tolist() == [6] * 4 + [2] * 4
+    assert heads_of[:, 0].bincount().tolist() == [17] * 4 + [16] * 4
+    assert sizes[:100].max() - sizes[:100].min() <= 1
+    assert sizes[100:].max() <= sizes[:100].min() - 7
+
+
 @pytest.mark.parametrize(
     ("heads", "requests", "want"),
     [
