@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one decode attention call per layer, beside what vLLM ships: python benchmarks/decode_attention.py --help.
 
-Every arm runs in the same process on the same shapes: CUDA graphs over enough distinct layer caches to miss L2, median
-of the replays. Ours includes everything: schedule (once per step, so once per graph), exact window, merge, value basis.
+Every arm runs in the same process on the same shapes: CUDA graphs over 32 distinct layer caches (as many as 16 GB hold,
+and enough to miss L2), median of the replays. Ours includes everything: schedule (once per step, so once per graph),
+exact window, merge, value basis. FlashAttention 3 is scheduled once per step too, as vLLM does.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ MATRIX = tuple(f"{b}x{c}" for c in ("1k", "4k", "8k", "32k", "128k") for b in (1
 BASELINES = "fa3_bf16,fa3_fp8,triton_attn,vllm_int4,turboquant_4bit_nc,turboquant_3bit_nc,xformers_int4,copy"
 OURS = "d128_b82,d128_b130,d128_b66,triton_d128_b82"
 ARMS: dict[str, Arm] = PEERS | LATENTS
-# L2 is 50 MB; layers cycle through at least this much. They are four where that fits: the schedule is a step's cost and
-# not a layer's, and one layer alone overlaps with nothing.
+# L2 is 50 MB; layers cycle through at least this much. They are a model's number where that takes no more than
+# MOST_BYTES, and four if it does: the schedule, and the start of a graph, are a step's cost and not a layer's.
 CACHE_BYTES = 300e6
+LAYERS = 32
+MOST_BYTES = 16e9
 MEMORY_SHARE = 0.7  # of the free memory that an arm's caches may take: filling them takes some more
 
 
@@ -82,7 +85,8 @@ def measure(arm: Arm, shape: Shape, repeats: int) -> dict[str, object]:
     token_bytes = arm.bytes_per_token(shape) * shape.num_kv_heads
     cache = sum(shape.lengths) * token_bytes
     free = torch.cuda.mem_get_info()[0]
-    layers = min(max(4, min(64, math.ceil(CACHE_BYTES / cache))), int(MEMORY_SHARE * free / cache))
+    wanted = max(4, min(LAYERS, int(MOST_BYTES / cache)), min(64, math.ceil(CACHE_BYTES / cache)))
+    layers = min(wanted, int(MEMORY_SHARE * free / cache))
     if layers == 0:
         raise RuntimeError(f"does not fit: {cache / 1e9:.0f} GB of cache, {free / 1e9:.0f} GB free")
     step, calls = arm.prepare(shape, layers)

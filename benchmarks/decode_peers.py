@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.decode_attention import Shape
 
 BLOCK = 16
+SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
 
 
 @dataclass(frozen=True)
@@ -52,27 +53,40 @@ class FlashArm(Arm):
         return 2 * shape.head_dim * (1 if self.fp8 else 2)
 
     def prepare(self, shape: Shape, layers: int) -> tuple[Call, list[Call]]:
-        """As vLLM's FlashAttentionImpl calls it."""
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
+        """As FlashAttentionImpl calls it in full CUDA graphs: scheduled once a step, K beside V in a cache row."""
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
         dtype = torch.float8_e4m3fn if self.fp8 else torch.bfloat16
-        b = batch_of(shape)
-        query, descale = b.query.to(dtype), torch.ones(len(shape.lengths), shape.num_kv_heads, device=DEVICE)
+        b, requests, longest = batch_of(shape), len(shape.lengths), max(shape.lengths)
+        query, descale = b.query.to(dtype), torch.ones(requests, shape.num_kv_heads, device=DEVICE)
         extra = {"q_descale": descale, "k_descale": descale, "v_descale": descale} if self.fp8 else {}
+
+        def schedule() -> torch.Tensor:
+            return get_scheduler_metadata(
+                requests, shape.query_len, longest, shape.num_heads, shape.num_kv_heads, shape.head_dim, b.lengths,
+                dtype, cu_seqlens_q=b.starts, page_size=BLOCK, causal=True, num_splits=SPLITS,
+            )  # fmt: skip
+
+        metadata = schedule()
         calls: list[Call] = []
         for _ in range(layers):
-            size = (2, b.blocks, BLOCK, shape.num_kv_heads, shape.head_dim)
+            size = (b.blocks, BLOCK, shape.num_kv_heads, 2 * shape.head_dim)
             cache = torch.randn(size, device=DEVICE, dtype=torch.bfloat16).to(dtype)
 
             def call(cache=cache) -> None:
                 flash_attn_varlen_func(
-                    q=query, k=cache[0], v=cache[1], out=b.out, cu_seqlens_q=b.starts, max_seqlen_q=shape.query_len,
-                    seqused_k=b.lengths, max_seqlen_k=max(shape.lengths), softmax_scale=shape.head_dim**-0.5,
-                    causal=True, block_table=b.table, fa_version=3, **extra,
+                    q=query, k=cache[..., : shape.head_dim], v=cache[..., shape.head_dim :], out=b.out,
+                    cu_seqlens_q=b.starts, max_seqlen_q=shape.query_len, seqused_k=b.lengths, max_seqlen_k=longest,
+                    softmax_scale=shape.head_dim**-0.5, causal=True, block_table=b.table, fa_version=3,
+                    scheduler_metadata=metadata, num_splits=SPLITS, **extra,
                 )  # fmt: skip
 
             calls.append(call)
-        return (lambda: None), calls
+
+        def step() -> None:
+            metadata.copy_(schedule())
+
+        return step, calls
 
 
 class TritonAttentionArm(Arm):

@@ -62,25 +62,32 @@ def slots_of(table: torch.Tensor, first: int, last: int, block: int) -> torch.Te
 def baseline(chunk: int, context: int) -> tuple[list[Call], list[Call]]:
     """(stores, attends) of FlashAttention 3 over paged bf16 rows."""
     import vllm._custom_ops as ops
+    from vllm.vllm_flash_attn import get_scheduler_metadata
 
     attention, one, total = flash(), torch.ones((), device="cuda"), chunk + context
     table = table_of(total, 16)
     slots = slots_of(table, context, total, 16)
     starts = torch.tensor([0, chunk], dtype=torch.int32, device="cuda")
     length = torch.tensor([total], dtype=torch.int32, device="cuda")
+    # vLLM schedules once a step, with more splits where the chunk may run in a CUDA graph; K lies beside V.
+    splits = 32 if chunk <= 512 else 0
+    metadata = get_scheduler_metadata(
+        1, chunk, total, GROUP * HEADS, HEADS, DIM, length, cu_seqlens_q=starts, page_size=16, causal=True,
+        num_splits=splits,
+    )  # fmt: skip
     stores, attends = [], []
     for _ in range(LAYERS):
         query, key, value = rows_of(chunk)
-        cache = torch.randn(2, table.numel(), 16, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        cache = torch.randn(table.numel(), 16, HEADS, 2 * DIM, device="cuda", dtype=torch.bfloat16)
+        halves = (cache[..., :DIM], cache[..., DIM:])
         out = torch.empty(query.shape, device="cuda", dtype=torch.bfloat16)
-        stores.append(
-            lambda k=key, v=value, c=cache: ops.reshape_and_cache_flash(k, v, c[0], c[1], slots, "auto", one, one)
-        )
+        stores.append(lambda k=key, v=value, c=halves: ops.reshape_and_cache_flash(k, v, *c, slots, "auto", one, one))
 
-        def attend(query=query, cache=cache, out=out) -> None:
+        def attend(query=query, halves=halves, out=out) -> None:
             attention(
-                q=query, k=cache[0], v=cache[1], out=out, cu_seqlens_q=starts, max_seqlen_q=chunk, seqused_k=length,
+                q=query, k=halves[0], v=halves[1], out=out, cu_seqlens_q=starts, max_seqlen_q=chunk, seqused_k=length,
                 max_seqlen_k=total, softmax_scale=DIM**-0.5, causal=True, block_table=table, fa_version=3,
+                scheduler_metadata=metadata, num_splits=splits,
             )  # fmt: skip
 
         attends.append(attend)

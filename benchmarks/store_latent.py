@@ -110,8 +110,9 @@ def arms(tokens: int, layers: int, bits: float) -> dict[str, list[Callable[[], N
         if triton:
             out["triton"].append(lambda b=bound, w=window: triton(*b, w, slots, near_slots, positions))
         if reshape:
-            cache = torch.empty(2, blocks, BLOCK, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-            out["vllm bf16"].append(lambda k=key, v=value, c=cache: reshape(k, v, c[0], c[1], slots))
+            cache = torch.empty(blocks, BLOCK, HEADS, 2 * DIM, dtype=torch.bfloat16, device="cuda")  # K beside V
+            halves = (cache[..., :DIM], cache[..., DIM:])
+            out["vllm bf16"].append(lambda k=key, v=value, c=halves: reshape(k, v, *c, slots))
     return out
 
 

@@ -11,19 +11,22 @@ __device__ __forceinline__ int align_down(int x, int a) { return x - x % a; }
 // Whether no latent page that a request reads has tokens of this step: then decode kernels may read pages while the kernel
 // that stores this step's tokens is still at work. A request reads no latents of its own new tokens where a window is kept.
 // Those of another one can only be in a page that both have, and requests share full pages alone: pages that this step
-// fills are looked up in every other request's table. All threads of the block; thread i wrote row i of `requests`.
-template <int Threads>
-__device__ __forceinline__ bool pages_are_settled(const ScheduleParams& p) {
+// fills are looked up in every other request's table. All threads of the block; `row_of(i)` is row i of `requests`, asked
+// for by thread i % Threads.
+template <int Threads, class RowOf>
+__device__ __forceinline__ bool pages_are_settled(const ScheduleParams& p, RowOf&& row_of) {
   constexpr int kMost = 1024;
   struct Filled {
     int request, block, page;
   };
   __shared__ Filled filled[kMost];
   __shared__ int num_filled, conflict;
-  if (threadIdx.x == 0) num_filled = 0, conflict = p.window <= 0;
+  if (p.block_table == nullptr || p.window <= 0) return false;
+  if (p.num_requests == 1) return true;
+  if (threadIdx.x == 0) num_filled = conflict = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < p.num_requests; i += Threads) {
-    const Request r = p.requests[i];
+    const Request r = row_of(i);
     for (int block = r.p0 / p.block_size; r.num_rows > 0 && (block + 1) * p.block_size <= r.length; ++block) {
       const int at = atomicAdd(&num_filled, 1);
       if (at < kMost) filled[at] = {i, block, p.block_table[i * p.block_table_stride + block]};
@@ -31,8 +34,8 @@ __device__ __forceinline__ bool pages_are_settled(const ScheduleParams& p) {
   }
   __syncthreads();
   bool found = num_filled > kMost;
-  for (int i = threadIdx.x; i < p.num_requests && !found; i += Threads) {
-    const int last = p.requests[i].last;
+  for (int i = threadIdx.x; i < p.num_requests && num_filled > 0 && !found; i += Threads) {
+    const int last = row_of(i).last;
 #pragma unroll 4
     for (int k = 0; k < num_filled; ++k)
       found |= filled[k].request != i && filled[k].block * p.block_size < last &&
@@ -50,9 +53,10 @@ __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant
   __shared__ int warp_sum[kWarps];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int base = 0;
-  for (int start = 0; start < p.table_rows; start += Threads) {
+  Request r{};
+  for (int start = 0; start < p.num_requests; start += Threads) {
     const int i = start + threadIdx.x;
-    Request r{};
+    r = Request{};
     int units = 0;
     if (i < p.num_requests) {
       r.row = p.query_start_loc[i];
@@ -85,14 +89,16 @@ __global__ void __launch_bounds__(Threads) schedule_kernel(const __grid_constant
       all += warp_sum[w];
     }
     r.unit_begin = base + before + sum - taken;
-    if (i >= p.num_requests) r.unit_begin = max(r.unit_begin - kChangeUnits, 0);  // none after the last one
     r.unit_end = r.unit_begin + units;
-    if (i < p.table_rows) p.requests[i] = r;
+    if (i < p.num_requests) p.requests[i] = r;
     base += all;
     __syncthreads();
   }
-  const bool settled = p.block_table != nullptr && pages_are_settled<Threads>(p);
-  for (int i = p.num_requests + threadIdx.x; i < p.table_rows; i += Threads) p.requests[i].first = settled;
+  const bool only = p.num_requests <= Threads;  // then every thread still has its row
+  Request rest{};
+  rest.first = pages_are_settled<Threads>(p, [&](int i) { return only ? r : p.requests[i]; });
+  rest.unit_begin = rest.unit_end = max(base - kChangeUnits, 0);  // no distance after the last one
+  for (int i = p.num_requests + threadIdx.x; i < p.table_rows; i += Threads) p.requests[i] = rest;
   __threadfence();  // the latent kernel may start as soon as this one ends, and reads the table without waiting
 }
 
