@@ -9,6 +9,7 @@ decode speed from.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -206,16 +207,23 @@ def load_section() -> str:
     lines = [
         [
             r["model"], f"{r['requests']} x {serving_plot.load_name(r)}", str(serving_plot.at_a_time(r)),
-            r["format"].replace("auto", "bf16"), number(r["bits"], 2), number(r["kv_tokens"]), r["running"],
-            number(r["tok_s"], 1), *(number(r[k]) for k in ("ttft_p50", "ttft_p99")),
+            r["format"].replace("auto", "bf16") + "*" * uncompiled(r), number(r["bits"], 2), number(r["kv_tokens"]),
+            r["running"], number(r["tok_s"], 1), *(number(r[k]) for k in ("ttft_p50", "ttft_p99")),
             *(number(r[k], 1) for k in ("tpot_p50", "tpot_p99")),
         ]
         for r in rows
     ]  # fmt: skip
     parts = [title, LOAD_TEXT, image("serving_load", "throughput against latency"), table(head, lines)]
+    if any(uncompiled(r) for r in rows):
+        parts.append("\\* Served without torch.compile: compare the milliseconds per token with rows so marked alone.")
     if any(r["device"].startswith("CPU") for r in rows):
         parts.append(CPU_TEXT)
     return "\n\n".join([*parts, provenance(rows)])
+
+
+def uncompiled(row: Row) -> bool:
+    """Whether the server of a load ran without torch.compile, which is on unless asked otherwise."""
+    return re.search(r"compilation-config.{0,12}mode\W{1,8}0", row["command"]) is not None
 
 
 def robustness_section() -> str:

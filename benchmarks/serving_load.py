@@ -170,7 +170,7 @@ def device() -> str:
 
 def command_line(arguments: list[str]) -> str:
     """This run's command, folders by their names."""
-    short = [re.sub(r"/(?:[^/=]+/)*", "", a) if "/" in a and Path(a.split("=")[-1]).exists() else a for a in arguments]
+    short = [re.sub(r"[^=]*/", "", a) if "/" in a and Path(a.split("=")[-1]).exists() else a for a in arguments]
     return "python -m benchmarks.serving_load " + shlex.join(short)
 
 

@@ -242,7 +242,9 @@ def project(
             device=device,
         ),
     )
-    outcome = choose_layers(options.layer_budgets, solvers, solve(solvers, total), statistics.texts, model)
+    outcome = choose_layers(
+        options.layer_budgets, solvers, solve(solvers, total), statistics.texts, model, options.bits
+    )
     solved = outcome.solved
     entries = {
         layer.index: _entry(layer, frame, index, result, options.basis)

@@ -104,6 +104,12 @@ def sizes_around(kind: str, head_dim: int, rope_blocks: set[int], total_bytes: i
     return [n for n in (total_bytes + i * step for i in range(-2, 3)) if n >= 2 * UNIT_BYTES]
 
 
+def bytes_of_layers(bits: float, head_dim: int, layers: int) -> int:
+    """Bytes of planes that `layers` unequal layers have together at `bits` per element, scales included: between the
+    sizes of plans too, since only the mean has to be right."""
+    return int(bits * 2 * head_dim / 8 * layers) - SCALE_BYTES * layers
+
+
 @dataclass(frozen=True)
 class Choice:
     """Plans of all layers, and which part of the summed cost of equal layers they are predicted to have."""
@@ -118,8 +124,9 @@ def choose_plans(
     equal: Sequence[LayerPlan],
     plans_of_size: dict[int, list[LayerPlan]],
     max_plans: int,
+    room: int = 0,
 ) -> Choice:
-    """The best plans at the bytes of the plans `equal`.
+    """The best plans at the bytes of the plans `equal`, or at `room` bytes of planes in all layers if those are more.
 
     sensitivity [layers]: cost of each layer at its plan of `equal`, in any unit. tables: losses (K, V) of every layer.
     plans_of_size: by bytes of planes, the plans to choose from; empty for any. max_plans: distinct ones of each size.
@@ -129,7 +136,7 @@ def choose_plans(
     base = np.array([layer_loss(p, k, v) for p, (k, v) in zip(equal, tables, strict=True)])
     loss = np.array([[layer_loss(p, k, v) for p, (k, v) in zip(row, tables, strict=True)] for row in plans]).T
     cost = sensitivity[:, None] * loss / np.maximum(base, 1e-300)[:, None]
-    total = sum(p.bytes_per_token - SCALE_BYTES for p in equal)
+    total = max(sum(p.bytes_per_token - SCALE_BYTES for p in equal), room)
     chosen = without_pattern(cost, sizes, choose(cost, sizes, total))
     predicted = sum(cost[i, n] for i, n in enumerate(chosen)) / max(float(sensitivity.sum()), 1e-300)
     return Choice([plans[n][i] for i, n in enumerate(chosen)], float(predicted))

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from vllm_kqsvd.calibration.layer_budgets import PROMISE, SCALE_BYTES, Verdict, choose_plans, sizes_around
+from vllm_kqsvd.calibration.layer_budgets import (
+    PROMISE,
+    SCALE_BYTES,
+    Verdict,
+    bytes_of_layers,
+    choose_plans,
+    sizes_around,
+)
 from vllm_kqsvd.calibration.layer_costs import judge, sensitivities
 from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.solve import LayerSolver, SolvedLayer, finish, plans_to_choose_from
@@ -37,8 +44,10 @@ def choose_layers(
     equal: list[SolvedLayer],
     texts: Mapping[str, torch.Tensor],
     model: PreTrainedModel | None,
+    bits: float = 0.0,
 ) -> Outcome:
-    """Unequal layers of as many bytes if `asked` ("auto", "measured") and the measurements say so, else `equal`.
+    """Unequal layers of as many bytes (of `bits` per element if that is more) if `asked` ("auto", "measured") and the
+    measurements say so, else `equal`.
 
     texts: of layer_costs.budget_texts. Raises CalibrationError if "measured" is asked for and cannot be.
     """
@@ -60,7 +69,8 @@ def choose_layers(
         return Outcome(equal, _about("equal", f"equal: {why}"))
     assert model is not None
     try:
-        return _measured(asked, solvers, equal, texts, _precise(model), sizes)
+        room = bytes_of_layers(bits, layers[0].head_dim, len(layers))
+        return _measured(asked, solvers, equal, texts, _precise(model), sizes, room)
     except UnsupportedError as e:  # attention that calibration can observe and the harness cannot repeat
         if asked == "measured":
             raise
@@ -74,15 +84,17 @@ def _measured(
     texts: Mapping[str, torch.Tensor],
     model: PreTrainedModel,
     sizes: Sequence[int],
+    room: int,
 ) -> Outcome:
-    """`choose_layers` where nothing stands against measuring. sizes: bytes of planes that a layer may have."""
+    """`choose_layers` where nothing stands against measuring. sizes: bytes of planes that a layer may have; room: of
+    all layers together, if that is more than those of `equal`."""
     layers, options = [s.layer for s in solvers], solvers[0].options
     blocks, plans = {s.frame.rope_block for s in solvers}, [x.codec.plan for x in equal]
     sensitivity = sensitivities(model, texts, _codecs(layers, equal), options.window)
     assert sensitivity is not None
     known = {s: plans_to_choose_from(options.plans, layers[0].head_dim, blocks, s, quiet=True) for s in sizes}
     tables = [(s.sides["k"].table, s.sides["v"].table) for s in solvers]
-    choice = choose_plans(sensitivity, tables, plans, known, options.max_plans)
+    choice = choose_plans(sensitivity, tables, plans, known, options.max_plans, room)
     if choice.plans == plans or (asked == "auto" and choice.predicted > 1 - PROMISE):
         return Outcome(equal, _about("equal", "equal: the best unequal ones promise less than 5 % lower KL"))
     moved = [n for n, (new, old) in enumerate(zip(choice.plans, plans, strict=True)) if new != old]
