@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.decode_attention import graph_time
+from benchmarks.decode_peers import SPLITS
 from benchmarks.shapes import PLANS_BY_BITS, SHAPES, plan_of, random_codec
 from vllm_kqsvd.ops.cuda_library import available
 from vllm_kqsvd.ops.cuda_prefill import Prefill
@@ -70,7 +71,7 @@ def baseline(chunk: int, context: int) -> tuple[list[Call], list[Call]]:
     starts = torch.tensor([0, chunk], dtype=torch.int32, device="cuda")
     length = torch.tensor([total], dtype=torch.int32, device="cuda")
     # vLLM schedules once a step, with more splits where the chunk may run in a CUDA graph; K lies beside V.
-    splits = 32 if chunk <= 512 else 0
+    splits = SPLITS if chunk <= 512 else 0
     metadata = get_scheduler_metadata(
         1, chunk, total, GROUP * HEADS, HEADS, DIM, length, cu_seqlens_q=starts, page_size=16, causal=True,
         num_splits=splits,
