@@ -69,6 +69,18 @@ def arguments_of(options: argparse.Namespace, projection: Path, on_gpu: bool) ->
     return [*listed, *([] if on_gpu else ["--enforce-eager"])]
 
 
+def tokens_of(text: Path | None, model: Path, longest: int) -> tuple[int, ...]:
+    """The tokens of a text file, from which prompts are cut; nothing without one."""
+    if text is None:
+        return ()
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(str(model))(text.read_text(), add_special_tokens=False)["input_ids"]
+    if len(tokens) < 4 * longest:
+        raise SystemExit(f"{text} has {len(tokens)} tokens; prompts of {longest} want a text of {4 * longest} or more")
+    return tuple(tokens)
+
+
 def settle(server: Server, seconds: float = 60) -> dict[str, float]:
     """Metrics once nothing runs or waits any more (or the time is over)."""
     end = time.monotonic() + seconds
@@ -138,7 +150,9 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:
     if model is None:
         model, projection = random_model(folder, options.longest, options.bits)
     config = json.loads((model / "config.json").read_text())
-    load = Load(options.clients or (64 if on_gpu else 20), options.longest, options.answer, config["vocab_size"])
+    text = tokens_of(options.text, model, options.longest)
+    clients = options.clients or (64 if on_gpu else 20)
+    load = Load(clients, options.longest, options.answer, config["vocab_size"], text=text)
     log = options.log or folder / "server.log"
     with Server(model, arguments_of(options, projection, on_gpu), log, environment=OFFLINE | STEADY) as server:
         if not options.native:
@@ -172,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--projection", type=Path, help="its projection folder")
     parser.add_argument("--minutes", type=float, default=8.0, help="of load; solo runs come before")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--text", type=Path, help="text file to cut prompts from; left out: random tokens")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of a sequence, prompt and answer")
     parser.add_argument(
         "--answer", type=int, default=256, help="tokens of an answer; short ones fit the last block and preempt nobody"

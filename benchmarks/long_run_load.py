@@ -28,16 +28,20 @@ LINGER_SECONDS = 1200  # for answers after the end of the load
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: clients at once, the longest sequence, answer lengths, ids of ordinary tokens."""
+    """What is asked: clients at once, the longest sequence, answer lengths, ids of ordinary tokens or a text's."""
 
     clients: int
     longest: int
     answer: int
     vocab: int
     seed: int = 0
+    text: tuple[int, ...] = ()
 
     def prompt(self, length: int, rng: random.Random) -> list[int]:
-        """Random tokens without the first ones, which are special in most models."""
+        """A piece of the text, or random tokens without the first ones, which are special in most models."""
+        if self.text:
+            begin = rng.randrange(len(self.text) - length + 1)
+            return list(self.text[begin : begin + length])
         return [rng.randrange(3, self.vocab) for _ in range(length)]
 
     def length(self, rng: random.Random) -> int:
@@ -84,7 +88,7 @@ def solo_runs(server: Server, load: Load) -> Known:
 class Crowd:
     """The clients, who ask for `seconds` and until `enough()`.
 
-    Every request has a fresh random prompt, but for known prompts and shared beginnings.
+    Every request has a fresh prompt, but for known prompts and shared beginnings.
     """
 
     def __init__(self, url: str, load: Load, known: Known, seconds: float, enough: Callable[[], bool]) -> None:
