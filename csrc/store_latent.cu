@@ -76,7 +76,8 @@ void launch_many(StoreParams& p, int heads, const Launch& on) {
   p.key_ctas = std::min(tiles, std::max(1, keys));
   const int value_ctas = std::min(tiles, std::max(1, per_head - keys));
   const dim3 grid(p.key_ctas + value_ctas, heads);
-  if (bytes[1] <= device.shared_per_block) {
+  const bool fits = std::max(p.side[0].groups, p.side[1].groups) <= kSteps || !many_wgmma(kSteps, true);
+  if (fits && bytes[1] <= device.shared_per_block) {
     launch_early(store_many_kernel<T, kSteps, true>, p, grid, 32 * many_warps(kSteps), bytes[1], on);
   } else {
     launch_early(store_many_kernel<T, kSteps, false>, p, grid, 32 * many_warps(kSteps), bytes[0], on);

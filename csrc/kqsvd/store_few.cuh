@@ -214,7 +214,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
 template <typename T, int kSteps, int kResident>
 __global__ void __launch_bounds__(kSteps > 8 ? 512 : 256, kResident)
     store_few_kernel(const __grid_constant__ StoreParams p) {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   StoreFewShared<kSteps>& shared = *reinterpret_cast<StoreFewShared<kSteps>*>(memory);
   const bool is_value = blockIdx.x & 1;
   const StoreSide& side = p.side[is_value];

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Store of a prefill chunk: persistent CTAs of one side and head keep their tables in shared memory, and every warp
 // takes 16 tokens at a time from global memory to page bytes on its own: rows, operands, latents and codes stay in its
-// registers. Wide heads (d or R beyond 128) share 16 tokens between two warps, half of the groups each.
+// registers. Where the tables fit, the four warps of a warpgroup multiply together (wgmma), each its own 16 tokens. Wide
+// heads (d or R beyond 128) share 16 tokens between two warps, half of the groups each.
 #pragma once
 
 #include "store_params.cuh"
+#include "store_wgmma.cuh"
 
 namespace kqsvd {
 
@@ -13,6 +15,13 @@ constexpr int kWarpGroups = 8;  // channel groups of one warp
 // Warps that share 16 tokens, and warps of a CTA: what registers allow.
 __host__ __device__ constexpr int many_columns(int steps) { return steps > 8 ? 2 : 1; }
 __host__ __device__ constexpr int many_warps(int steps) { return steps > 8 ? 8 : 12; }
+
+// Whether products are wgmma's: N = 16 `steps` columns, of which those beyond the side's groups are never read.
+__host__ __device__ constexpr bool many_wgmma(int steps, bool tables_shared) { return tables_shared && steps <= 8; }
+
+// Its operand, the encode matrix: two terms, each of 64-element spans of the rows' k-steps, each of N rows of 128 bytes.
+__host__ __device__ constexpr int wgmma_span_bytes(int steps) { return 16 * steps * 128; }
+__host__ __device__ constexpr int wgmma_term_bytes(int steps) { return steps / 4 * wgmma_span_bytes(steps); }
 
 // Offsets of the tables in dynamic shared memory; rows are padded so that the tokens of a warp hit different banks.
 // `halves`: chunks have their two parts half a row apart, so that neighbours lie 16 bytes apart, not 32.
@@ -27,7 +36,9 @@ __host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps,
   l.mean_stride = tables_shared ? rank + 8 : rank;
   l.class_stride = tables_shared ? (dim + 31) / 32 * 32 + (halves ? 16 : 4) : dim;
   int at = 0;
-  l.encode = at, at += tables_shared ? groups * steps * 1024 : 0;
+  l.encode = at, at += many_wgmma(steps, tables_shared) ? 2 * wgmma_term_bytes(steps)
+                       : tables_shared                  ? groups * steps * 1024
+                                                        : 0;
   l.mean = at, at += tables_shared ? period * l.mean_stride * 4 : 0;
   l.classes = at, at += tables_shared ? period * l.class_stride * 4 : 0;
   l.weight = at, at += 2 * rank * 4;
@@ -49,13 +60,47 @@ __device__ __forceinline__ Chunk chunk_at(int index, const RopeTurn& rope) {
   return chunk_of(index, rope);
 }
 
+// B fragments (store_params.cuh) -> wgmma's operand: the row of a channel holds its k-steps in their order, 16-byte
+// parts of eight rows swizzled.
+template <int kSteps>
+__device__ __forceinline__ void load_wgmma_image(char* image, const uint4* fragments, int groups) {
+#pragma unroll 8  // loads under way together
+  for (int i = threadIdx.x; i < groups * kSteps * 64; i += blockDim.x) {
+    const uint4 w = __ldg(fragments + i);
+    const int g = i >> 2 & 7, t = i & 3, term = i >> 5 & 1, step = (i >> 6) % kSteps, group = (i >> 6) / kSteps;
+    char* row = image + term * wgmma_term_bytes(kSteps) + step / 4 * wgmma_span_bytes(kSteps) + 128 * (16 * group + g) +
+                4 * t;
+    const int part = 2 * (step & 3), lower = (part ^ g) * 16, upper = ((part + 1) ^ g) * 16;
+    *reinterpret_cast<uint32_t*>(row + lower) = w.x, *reinterpret_cast<uint32_t*>(row + upper) = w.y;
+    *reinterpret_cast<uint32_t*>(row + 1024 + lower) = w.z, *reinterpret_cast<uint32_t*>(row + 1024 + upper) = w.w;
+  }
+  fence_for_wgmma();
+}
+
+// Latents of the warpgroup's rows: u[8 group + 4 n-tile + register].
+template <int kSteps, int kLow>
+__device__ __forceinline__ void project_rows(float (&u)[8 * kSteps], const uint32_t (&high)[kSteps][4],
+                                             const uint32_t (&low)[kLow][4], uint64_t image) {
+  wgmma_begin();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const uint64_t at = image + (k / 4 * wgmma_span_bytes(kSteps) + k % 4 * 32) / 16;
+    wgmma_bf16(u, high[k], at, k > 0);
+    wgmma_bf16(u, high[k], at + wgmma_term_bytes(kSteps) / 16, 1);
+    if constexpr (kLow == kSteps) wgmma_bf16(u, low[k], at, 1);
+  }
+  wgmma_end();
+}
+
 // kFull: R = 16 kSteps too, so that every warp has the same number of groups.
 template <typename T, int kSteps, bool kShared, bool kSplit, Rows kRows, bool kFull>
 __device__ __forceinline__ void store_many_side(const StoreParams& p, const StoreSide& side, bool is_value, int first,
                                                 int ctas) {
   constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps), kPairs = kWarps / kColumns;
-  constexpr int kChunks = kSteps / 2, kMine = kFull ? kSteps / kColumns : kWarpGroups;  // groups of the warp, at most
-  extern __shared__ __align__(16) char memory[];
+  constexpr bool kWgmma = many_wgmma(kSteps, kShared);
+  constexpr int kChunks = kSteps / 2;
+  constexpr int kMine = kFull || kWgmma ? kSteps / kColumns : kWarpGroups;  // groups of the warp, at most
+  extern __shared__ __align__(1024) char memory[];
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
   const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
   const int groups = kFull ? kSteps : side.groups, rank = groups * kGroup, period = side.period;
@@ -71,7 +116,11 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   float* weights = reinterpret_cast<float*>(memory + l.weight);
   int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
   if constexpr (kShared) {
-    for (int i = tid; i < groups * kSteps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
+    if constexpr (kWgmma) {
+      load_wgmma_image<kSteps>(memory + l.encode, encode, groups);
+    } else {
+      for (int i = tid; i < groups * kSteps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
+    }
     for (int i = tid; i < period * rank / 4; i += blockDim.x) {
       const int row = 4 * i / rank, c = 4 * i - row * rank;
       copy_async_16(memory + l.mean + 4 * (row * l.mean_stride + c), means + 4 * i);
@@ -113,8 +162,10 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   RopeTurn rope = p.rope;
   if (kRows == Rows::kStraight || !side.rotate) rope.rotary_dim = 0;
   if constexpr (kRows == Rows::kHalves) rope.rotary_dim = dim, rope.interleaved = false;
-  // With one column warps never meet; with two all of them take the same number of turns.
-  for (int base = first; base + (kColumns > 1 ? 0 : pair * ctas) < num_tiles; base += stride) {
+  // Warps that meet take the same number of turns: those of a warpgroup, or with two columns all; else each its own.
+  const int ahead = kColumns > 1 ? 0 : (kWgmma ? pair & ~3 : pair) * ctas;
+  const uint64_t image = kWgmma ? wgmma_descriptor(memory + l.encode) : 0;
+  for (int base = first; base + ahead < num_tiles; base += stride) {
     const int tile = base + pair * ctas;
     // Rows g and g + 8 of step k, in the order of the operand's registers; raw elements first, so that all loads are
     // under way together.
@@ -213,29 +264,34 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       sink[y] = 0.7f * norm[y] - dot[y] + bias[y] < 0.f;
     }
 
-    float u[kMine][2][4] = {};
+    float u[8 * kMine] = {};  // 8 group + 4 n-tile + register
+    if constexpr (kWgmma) {
+      project_rows<kSteps>(u, high, low, image);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kMine; i += 2) {  // two groups at a time: four independent accumulators
-      const int left = column * kWarpGroups + i, right = kFull ? left + 1 : min(left + 1, groups - 1);
-      if (kFull || left < groups) {
+      for (int i = 0; i < kMine; i += 2) {  // two groups at a time: four independent accumulators
+        const int left = column * kWarpGroups + i, right = kFull ? left + 1 : min(left + 1, groups - 1);
+        if (kFull || left < groups) {
+          float(&tile)[4][4] = *reinterpret_cast<float(*)[4][4]>(u + 8 * i);
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          const uint4* at = encode + (left * kSteps + k) * 64 + lane;
-          const uint4* beside = encode + (right * kSteps + k) * 64 + lane;
-          const uint4 eh = at[0], el = at[32], fh = beside[0], fl = beside[32];
-          mma_bf16(u[i][0], high[k], eh.x, eh.y);
-          mma_bf16(u[i][1], high[k], eh.z, eh.w);
-          mma_bf16(u[i + 1][0], high[k], fh.x, fh.y);
-          mma_bf16(u[i + 1][1], high[k], fh.z, fh.w);
-          mma_bf16(u[i][0], high[k], el.x, el.y);
-          mma_bf16(u[i][1], high[k], el.z, el.w);
-          mma_bf16(u[i + 1][0], high[k], fl.x, fl.y);
-          mma_bf16(u[i + 1][1], high[k], fl.z, fl.w);
-          if constexpr (kSplit) {
-            mma_bf16(u[i][0], low[k], eh.x, eh.y);
-            mma_bf16(u[i][1], low[k], eh.z, eh.w);
-            mma_bf16(u[i + 1][0], low[k], fh.x, fh.y);
-            mma_bf16(u[i + 1][1], low[k], fh.z, fh.w);
+          for (int k = 0; k < kSteps; ++k) {
+            const uint4* at = encode + (left * kSteps + k) * 64 + lane;
+            const uint4* beside = encode + (right * kSteps + k) * 64 + lane;
+            const uint4 eh = at[0], el = at[32], fh = beside[0], fl = beside[32];
+            mma_bf16(tile[0], high[k], eh.x, eh.y);
+            mma_bf16(tile[1], high[k], eh.z, eh.w);
+            mma_bf16(tile[2], high[k], fh.x, fh.y);
+            mma_bf16(tile[3], high[k], fh.z, fh.w);
+            mma_bf16(tile[0], high[k], el.x, el.y);
+            mma_bf16(tile[1], high[k], el.z, el.w);
+            mma_bf16(tile[2], high[k], fl.x, fl.y);
+            mma_bf16(tile[3], high[k], fl.z, fl.w);
+            if constexpr (kSplit) {
+              mma_bf16(tile[0], low[k], eh.x, eh.y);
+              mma_bf16(tile[1], low[k], eh.z, eh.w);
+              mma_bf16(tile[2], low[k], fh.x, fh.y);
+              mma_bf16(tile[3], low[k], fh.z, fh.w);
+            }
           }
         }
       }
@@ -261,8 +317,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
             const float2 mu = *reinterpret_cast<const float2*>(mean_of[y] + channel);
-            float& u0 = u[i][n][2 * y];
-            float& u1 = u[i][n][2 * y + 1];
+            float& u0 = u[8 * i + 4 * n + 2 * y];
+            float& u1 = u[8 * i + 4 * n + 2 * y + 1];
             u0 -= mu.x, u1 -= mu.y;
             sum[y] += w.x * u0 * u0, sum[y] += w.z * u1 * u1;
             if (guarded >> group & 1) peak[y] = fmaxf(peak[y], fmaxf(w.y * fabsf(u0), w.w * fabsf(u1)));
@@ -308,8 +364,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       const int group = column * kWarpGroups + i;
       if (kFull || group < groups) {
         const int width = plan.width(group);
-        codes[32 * group] = {quantize_word(u[i][0], u[i][1], 0, inverse[0], width),
-                             quantize_word(u[i][0], u[i][1], 1, inverse[1], width)};
+        codes[32 * group] = {quantize_word(u + 8 * i, u + 8 * i + 4, 0, inverse[0], width),
+                             quantize_word(u + 8 * i, u + 8 * i + 4, 1, inverse[1], width)};
       }
     }
     if constexpr (kColumns > 1) __syncthreads();  // else every lane reads what it wrote itself

@@ -121,8 +121,8 @@ __device__ __forceinline__ void split_chunk(uint2 a, uint2 b, bool rotate, bool 
 
 // Codes of a group that lane 4 g + t holds for token g: channels 2t, 2t + 8, 2t + 1, 2t + 9 in bytes 0..3, from the
 // group's two accumulator tiles.
-__device__ __forceinline__ uint32_t quantize_word(const float (&first)[4], const float (&second)[4], int y,
-                                                  float inverse, int width) {
+__device__ __forceinline__ uint32_t quantize_word(const float* first, const float* second, int y, float inverse,
+                                                  int width) {
   const float latent[4] = {first[2 * y], second[2 * y], first[2 * y + 1], second[2 * y + 1]};
   const float range = __uint_as_float((127 + width) << 23), unit = inverse * __uint_as_float((127 - width) << 23);
   uint32_t word = 0;

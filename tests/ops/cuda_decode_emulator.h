@@ -5,7 +5,6 @@
 #pragma once
 
 #define KQSVD_MMA_CUH
-#define KQSVD_MMA_WGMMA_CUH
 #include "cuda_emulator.h"
 
 #undef __shared__
@@ -182,32 +181,9 @@ inline void wgmma_commit() {}
 template <int Pending>
 void wgmma_wait() {}
 inline uint64_t swizzled_descriptor(uint32_t shared) { return (shared & 0x3ffff) >> 4; }
-// Rows of 128 bytes, 16-byte chunks of a row permuted by the row's number in its group of eight.
 template <int N>
 void wgmma_f16(float (&d)[N], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  emulator::Warp& w = emulator::my_warp();
-  const int lane = emulator::my_lane(), g = lane / 4, t = lane % 4;
-  std::memcpy(w.lane_data[lane], a, 16);
-  emulator::sync_warp();
-  float rows[2][16];
-  for (int y = 0; y < 2; ++y)
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t x = w.lane_data[4 * g + k % 8 / 2][y + 2 * (k / 8)];
-      rows[y][k] = half_value(static_cast<uint16_t>(k & 1 ? x >> 16 : x));
-    }
-  for (int i = 0; i < N; ++i) {
-    const int column = i / 4 * 8 + 2 * t + (i & 1);
-    double sum = accumulate ? d[i] : 0.;
-    for (int k = 0; k < 16; ++k) {
-      uint32_t at = static_cast<uint32_t>(b) * 16 + column * 128 + 2 * k;
-      at ^= (at >> 7 & 7) << 4;
-      uint16_t bits;
-      std::memcpy(&bits, dynamic_shared + at, 2);
-      sum += double(rows[i >> 1 & 1][k]) * half_value(bits);
-    }
-    d[i] = static_cast<float>(sum);
-  }
-  emulator::sync_warp();
+  kqsvd::wgmma(d, a, dynamic_shared, static_cast<uint32_t>(b) * 16, accumulate, half_value);
 }
 
 }  // namespace kqsvd::decode

@@ -5,6 +5,8 @@
 #pragma once
 
 #define KQSVD_INSTRUCTIONS_CUH  // replaced below
+#define KQSVD_MMA_WGMMA_CUH
+#define KQSVD_STORE_WGMMA_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <ucontext.h>
@@ -272,6 +274,49 @@ inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   });
 }
 
-alignas(16) inline char memory[256 << 10];  // the kernels' dynamic shared memory
+// One warp's rows of a wgmma product: A as of mma, B at `b` in `shared`, rows of 128 bytes whose 16-byte parts are permuted
+// by the row's number in its group of eight. Lane (g, t) gets rows g, g + 8, columns 2t, 2t + 1 of every n-tile.
+template <int N, typename Value>
+void wgmma(float (&d)[N], const uint32_t (&a)[4], const void* shared, uint32_t b, int accumulate, Value value) {
+  emulator::Warp& w = emulator::my_warp();
+  const int lane = emulator::my_lane(), g = lane / 4, t = lane % 4;
+  std::memcpy(w.lane_data[lane], a, 16);
+  emulator::sync_warp();
+  float rows[2][16];
+  for (int y = 0; y < 2; ++y)
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = w.lane_data[4 * g + k % 8 / 2][y + 2 * (k / 8)];
+      rows[y][k] = value(static_cast<uint16_t>(k & 1 ? x >> 16 : x));
+    }
+  for (int i = 0; i < N; ++i) {
+    const int column = i / 4 * 8 + 2 * t + (i & 1);
+    double sum = accumulate ? d[i] : 0.;
+    for (int k = 0; k < 16; ++k) {
+      uint32_t at = b + column * 128 + 2 * k;
+      at ^= (at >> 7 & 7) << 4;
+      uint16_t bits;
+      std::memcpy(&bits, static_cast<const char*>(shared) + at, 2);
+      sum += double(rows[i >> 1 & 1][k]) * value(bits);
+    }
+    d[i] = static_cast<float>(sum);
+  }
+  emulator::sync_warp();
+}
+
+alignas(1024) inline char memory[256 << 10];  // the kernels' dynamic shared memory
+
+inline void wgmma_begin() {}
+inline void wgmma_end() {}
+inline void fence_for_wgmma() {}
+inline uint64_t wgmma_descriptor(const void* shared) {
+  const auto at = static_cast<const char*>(shared) - memory;
+  if (at % 1024) __trap();
+  return at >> 4;
+}
+template <int N>
+void wgmma_bf16(float (&d)[N], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  wgmma(d, a, memory, static_cast<uint32_t>(b) * 16, accumulate,
+        [](uint16_t x) { return __uint_as_float(uint32_t(x) << 16); });
+}
 
 }  // namespace kqsvd
