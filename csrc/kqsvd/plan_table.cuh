@@ -11,7 +11,8 @@ namespace kqsvd {
 constexpr int kMaxGroups = 16;
 constexpr int kMaxPlanes = 32;
 constexpr int kPlanHeader = 4 + kMaxGroups;  // groups, planes, offset of the scale bytes, 0, code widths
-constexpr int kPlaneInts = 12;  // bits | half << 8 | count << 16, offset in the tile, 0, 0, (group | shift << 8)[8]
+// bits | half << 8 | count << 16, offset in the tile, moves / 4, 0, (group | shift << 8)[8], (rotation | group << 8, mask)[8]
+constexpr int kPlaneInts = 28;
 constexpr int kPlanInts = kPlanHeader + kMaxPlanes * kPlaneInts;
 
 struct PlaneView {
@@ -40,36 +41,23 @@ struct alignas(4 * kTokens) CodeWords {
 };
 
 // Columns 2t (low 16 bits) and 2t + 1 of kTokens tokens in a plane: 16 bits each in a full plane, 8 bits in a half
-// plane. `words[kStride * group]` are the tokens' code words of this t.
+// plane. `words[kStride * group]` are the tokens' code words of this t. Four moves at a time: a word is rotated and the bits
+// that belong here stay; the last ones may be empty.
 template <int kStride, int kTokens>
-__device__ __forceinline__ CodeWords<kTokens> gather_plane(const int4& head, const int* entries,
-                                                           const CodeWords<kTokens>* words) {
-  const int bits = head.x & 255, count = head.x >> 16;
-  const bool half = head.x & 256;
-  const uint32_t mask = 0x01010101u * ((1u << bits) - 1u);
+__device__ __forceinline__ CodeWords<kTokens> gather_plane(PlaneView plane, int quads, const CodeWords<kTokens>* words) {
+  const int4* moves = reinterpret_cast<const int4*>(plane.data + 12);
   CodeWords<kTokens> out{};
-  int at = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; i += 2) {  // planes of one group have count 1: the entry behind it is masked
-    const int2 e = *reinterpret_cast<const int2*>(entries + i);
-    const CodeWords<kTokens> left = words[kStride * (e.x & 255)], right = words[kStride * (e.y & 255)];
-    const uint32_t there = i + 1 < count ? mask : 0u;
-    if (!half) {  // from where the bits are to where they go in one rotation: none of them leaves its byte
-      const int a = at - (e.x >> 8), b = at + bits - (e.y >> 8);
+  for (; quads > 0; --quads, moves += 2) {
+    const int4 a = moves[0], b = moves[1];
+    const int move[4] = {a.x, a.z, b.x, b.z}, mask[4] = {a.y, a.w, b.y, b.w};
+    CodeWords<kTokens> word[4];
 #pragma unroll
-      for (int y = 0; y < kTokens; ++y) {
-        out.of[y] |= __funnelshift_l(left.of[y], left.of[y], a) & mask << at;
-        out.of[y] |= __funnelshift_l(right.of[y], right.of[y], b) & there << (at + bits);
-      }
-      at += 2 * bits;
-    } else {
+    for (int i = 0; i < 4; ++i) word[i] = words[kStride * (move[i] >> 8)];
 #pragma unroll
-      for (int y = 0; y < kTokens; ++y) {
-        const uint32_t a = left.of[y] >> (e.x >> 8) & mask, b = right.of[y] >> (e.y >> 8) & there;
-        out.of[y] |= ((a | a >> (8 - bits)) & 0x00ff00ffu) << at;
-        out.of[y] |= ((b | b >> (8 - bits)) & 0x00ff00ffu) << (at + 2 * bits);
-      }
-      at += 4 * bits;
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int y = 0; y < kTokens; ++y) out.of[y] |= __funnelshift_l(word[i].of[y], word[i].of[y], move[i]) & mask[i];
     }
   }
   return out;

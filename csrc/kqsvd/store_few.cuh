@@ -205,7 +205,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, const Store
     const int4 header = *reinterpret_cast<const int4*>(plane.data);
     if (page < 0) continue;
     const auto* words = reinterpret_cast<const CodeWords<1>*>(&s.codes[y][0][lane]);
-    const CodeWords<1> bytes = gather_plane<32>(header, plane.data + 4, words);
+    const CodeWords<1> bytes = gather_plane<32>(plane, header.z, words);
     write_columns(p.pages + page + header.y, is_value, header.x & 256, token, t, bytes.of[0]);
   }
 }

@@ -370,16 +370,22 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     }
     if constexpr (kColumns > 1) __syncthreads();  // else every lane reads what it wrote itself
 
+    // Where columns 2t, 2t + 1 of the lane's tokens are in a full plane and in a half one.
+    int full[2], half[2];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      full[y] = column_offset(is_value, false, token[y], 2 * t), half[y] = column_offset(is_value, true, token[y], 2 * t);
+    }
 #pragma unroll 1
     for (int i = column; i < plan.planes(); i += kColumns) {
       const PlaneView plane = plan.plane(i);
       const int4 header = *reinterpret_cast<const int4*>(plane.data);
-      const CodeWords<2> bytes = gather_plane<32>(header, plane.data + 4, codes);
+      const CodeWords<2> bytes = gather_plane<32>(plane, header.z, codes);
+      const bool is_half = header.x & 256;
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
-        if (page[y] >= 0) {
-          write_columns(p.pages + page[y] + header.y, is_value, header.x & 256, token[y], t, bytes.of[y]);
-        }
+        uint8_t* at = p.pages + page[y] + header.y + (is_half ? half[y] : full[y]);
+        if (page[y] >= 0) write_pair(at, is_value, is_half, bytes.of[y]);
       }
     }
   }

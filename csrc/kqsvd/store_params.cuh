@@ -135,18 +135,19 @@ __device__ __forceinline__ uint32_t quantize_word(const float* first, const floa
   return word;
 }
 
-// Writes columns 2t and 2t + 1 of one token of a plane.
-__device__ __forceinline__ void write_columns(uint8_t* plane, bool is_value, bool half, int token, int t,
-                                              uint32_t bytes) {
-  uint8_t* at = plane + column_offset(is_value, half, token, 2 * t);
-  uint8_t* next = plane + column_offset(is_value, half, token, 2 * t + 1);
+// Writes columns 2t and 2t + 1 of one token of a plane, of which the first is at `at`.
+__device__ __forceinline__ void write_pair(uint8_t* at, bool is_value, bool half, uint32_t bytes) {
   if (half) {
-    *at = bytes, *next = bytes >> 16;
+    at[0] = bytes, at[is_value ? 4 : 2] = bytes >> 16;
   } else if (is_value) {
-    *reinterpret_cast<uint16_t*>(at) = bytes, *reinterpret_cast<uint16_t*>(next) = bytes >> 16;
+    *reinterpret_cast<uint16_t*>(at) = bytes, *reinterpret_cast<uint16_t*>(at + 4) = bytes >> 16;
   } else {
     *reinterpret_cast<uint32_t*>(at) = bytes;
   }
+}
+__device__ __forceinline__ void write_columns(uint8_t* plane, bool is_value, bool half, int token, int t,
+                                              uint32_t bytes) {
+  write_pair(plane + column_offset(is_value, half, token, 2 * t), is_value, half, bytes);
 }
 
 }  // namespace kqsvd

@@ -260,4 +260,4 @@ def test_many_planes():
     """The plan table holds the largest plan the layout allows: 16 groups of 8 bits in half planes of one group."""
     codec = random_codec(LayerPlan(side_plan(*[8] * 16), side_plan(4, 4, 2, 2)), heads=1, dim=256)
     tables = layer_tables(codec)
-    assert isinstance(tables.k, SideTables) and tables.k.plan.numel() == 20 + 12 * 16
+    assert isinstance(tables.k, SideTables) and tables.k.plan.numel() == 20 + 28 * 16

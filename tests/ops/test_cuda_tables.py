@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,26 +30,45 @@ from vllm_kqsvd.ops.rope_block import RopeSpec
 from vllm_kqsvd.plan import LayerPlan, planes_for
 
 
+def field_bits(codes: torch.Tensor, column: int, groups: list[int], shift: list[int], bits: int, half: int) -> int:
+    """A plane's 16 bits (half: 8) of one token and column."""
+    out = 0
+    for i, group in enumerate(groups):
+        fields = [(int(codes[16 * group + column + 8 * y]) >> shift[i]) & ((1 << bits) - 1) for y in (0, 1)]
+        out |= (fields[0] | fields[1] << bits) << (2 * i * bits) if half else (fields[0] | fields[1] << 8) << (i * bits)
+    return out
+
+
+def gathered_word(moves: list[tuple[int, int]], codes: torch.Tensor, t: int) -> int:
+    """What csrc/kqsvd/plan_table.cuh's gather_plane makes of a token's code words."""
+    out = 0
+    for move, mask in moves:
+        at = 16 * (move >> 8) + 2 * t
+        word = sum(int(codes[at + c]) << 8 * i for i, c in enumerate((0, 8, 1, 9)))
+        turned = (word << (move & 31) | word >> (32 - (move & 31))) & 0xFFFFFFFF
+        out |= turned & mask
+    return out
+
+
 def packed_tile(table: list[int], codes: torch.Tensor, is_value: bool, tile_bytes: int) -> list[int]:
     """Bytes of a tile from codes [16, R], by the rules of csrc/kqsvd/plan_table.cuh; -1: not written."""
     tile = [-1] * tile_bytes
     groups, planes, header = table[0], table[1], 20
     for p in range(planes):
-        head, base, _, _, *entries = table[header + 12 * p : header + 12 * (p + 1)]
+        head, base, quads, _, *entries = table[header + 28 * p : header + 28 * (p + 1)]
         bits, half, count = head & 255, head >> 8 & 1, head >> 16
-        group, shift = [e & 255 for e in entries], [e >> 8 for e in entries]
+        group, shift = [e & 255 for e in entries[:8]], [e >> 8 for e in entries[:8]]
+        moves = list(zip(entries[8::2], entries[9::2], strict=True))
+        assert all(mask == 0 for _, mask in moves[4 * quads :])
+        for r, t in itertools.product(range(TILE), range(4)):  # the moves say the same as the fields below
+            gathered = gathered_word(moves, codes[r], t)
+            for h in (0, 1):
+                want = field_bits(codes[r], 2 * t + h, group[:count], shift, bits, half)
+                assert gathered >> 16 * h & (255 if half else 65535) == want
         for r in range(TILE):
             for c in range(8):
-                out = 0
-                for i in range(count):
-                    assert group[i] < groups
-                    fields = [
-                        (int(codes[r, 16 * group[i] + c + 8 * y]) >> shift[i]) & ((1 << bits) - 1) for y in (0, 1)
-                    ]
-                    if half:
-                        out |= (fields[0] | fields[1] << bits) << (2 * i * bits)
-                    else:
-                        out |= (fields[0] | fields[1] << 8) << (i * bits)
+                assert all(g < groups for g in group[:count])
+                out = field_bits(codes[r], c, group[:count], shift, bits, half)
                 if is_value:
                     at = 32 * (r // 2 % (4 if half else 8)) + 4 * c + 2 * (r % 2) + (r // 8 if half else 0)
                 else:
@@ -72,7 +93,7 @@ def test_plan_table_packs_as_the_layout_does(k_bits, v_bits):
         table = plan_table(layout, name).tolist()
         assert table[0] == side.num_groups and table[2] == layout.scale_offset[name]
         assert table[4 : 4 + side.num_groups] == list(side.group_bits)
-        assert len(table) == 20 + 12 * len(side.planes)
+        assert len(table) == 20 + 28 * len(side.planes)
         want = [-1] * layout.tile_bytes
         data = token_bytes(codes, layout, name)
         for r in range(TILE):

@@ -11,7 +11,7 @@ from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
 from vllm_kqsvd.errors import UnsupportedError
 from vllm_kqsvd.layout import TILE, LatentLayout
 from vllm_kqsvd.ops.rope_block import RopeSpec
-from vllm_kqsvd.plan import GROUP
+from vllm_kqsvd.plan import GROUP, Plane
 
 MAX_GROUPS = 16
 MAX_PLANES = 32
@@ -19,15 +19,38 @@ TURN_ROWS = 1024  # coarse and fine rows: 2^20 rope blocks
 
 
 def plan_table(layout: LatentLayout, side: str) -> torch.Tensor:
-    """The side's plan as csrc/kqsvd/plan_table.cuh reads it: [20 + 12 planes] int32."""
+    """The side's plan as csrc/kqsvd/plan_table.cuh reads it: [20 + 28 planes] int32."""
     plan = layout.side(side)
     table = [plan.num_groups, len(plan.planes), layout.scale_offset[side], 0]
     table += [*plan.group_bits, *[0] * (MAX_GROUPS - plan.num_groups)]
     for p, (plane, base) in enumerate(zip(plan.planes, layout.plane_offsets[side], strict=True)):
-        table += [plane.num_bits | int(plane.is_half) << 8 | len(plane.groups) << 16, base, 0, 0]
-        table += [g | plan.shift(p, g) << 8 for g in plane.groups]
-        table += [0] * (8 - len(plane.groups))
+        fields = [(g, plan.shift(p, g)) for g in plane.groups]
+        moves = plane_moves(plane, fields)
+        quads = -(-len(moves) // 4)
+        table += [plane.num_bits | int(plane.is_half) << 8 | len(fields) << 16, base, quads, 0]
+        table += [g | shift << 8 for g, shift in fields]
+        table += [0] * (8 - len(fields))
+        table += [x - (1 << 32) if x >> 31 else x for move in moves for x in move]
+        table += [0] * (16 - 2 * len(moves))
     return torch.tensor(table, dtype=torch.int32)
+
+
+def plane_moves(plane: Plane, fields: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """How code words make a plane's bytes: (left rotation | group << 8, mask of the bits that stay) of each step.
+
+    fields: (group, shift) of each of the plane's groups. A word holds channels 2t, 2t + 8, 2t + 1, 2t + 9 in bytes 0
+    to 3. A full plane's bytes follow it; a half plane takes bytes 0 and 2, with channel + 8 in the bits behind.
+    """
+    bits, moves = plane.num_bits, []
+    low = (1 << bits) - 1
+    for i, (group, shift) in enumerate(fields):
+        at = i * bits * (2 if plane.is_half else 1)
+        if plane.is_half:
+            steps = [(at - shift, 0x00010001 * low << at), (at + bits - 8 - shift, 0x00010001 * low << (at + bits))]
+        else:
+            steps = [(at - shift, 0x01010101 * low << at)]
+        moves += [(turn % 32 | group << 8, mask) for turn, mask in steps]
+    return moves
 
 
 def chunk_order(dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:
