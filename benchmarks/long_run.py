@@ -63,6 +63,8 @@ def arguments_of(options: argparse.Namespace, projection: Path, on_gpu: bool) ->
         found["attention-backend"] = "CUSTOM"
         found["additional-config"] = json.dumps({"kqsvd": {"projection": str(projection)}})
     found["kv-cache-memory-bytes"] = (4 << 30) if on_gpu else (256 << 20)  # of which the pool takes what it needs
+    if on_gpu:
+        found["gpu-memory-utilization"] = 0.3  # must be free at the start, though the cache has a size of its own
     listed = [x for name, value in found.items() for x in (f"--{name}", str(value))]
     # vLLM admits a prompt only when all of it fits, and preempts hardly ever; without that reserve it must
     listed += ["--no-scheduler-reserve-full-isl", "--disable-uvicorn-access-log"]

@@ -19,8 +19,8 @@ DequantizeSide side_of(const Tensor& out, const DecoderTensors& c, const char* n
   check_tensor(c.decode_unit, "decode_unit", ScalarType::Float, {heads}, device);
   check_tensor(c.mean, "mean", ScalarType::Float, {heads, 2, period, dim}, device);
   check_tensor(c.plan, "plan", ScalarType::Int, {kAny}, device);
-  STD_TORCH_CHECK(c.plan.size(0) > kPlanHeader && c.plan.size(0) <= kPlanInts, name, ": plan table of ",
-                  c.plan.size(0), " integers");
+  STD_TORCH_CHECK(is_plan_size(c.plan.size(0)), name, ": plan table of ", c.plan.size(0),
+                  " integers: this extension belongs to another version of vllm_kqsvd");
   for (const Tensor* t : {&c.decode, &c.decode_unit, &c.mean, &c.plan}) check_contiguous(*t, name);
   STD_TORCH_CHECK(c.first_byte % 16 == 0 && c.num_bytes % 16 == 0 && c.first_byte >= 0 && c.num_bytes > 0 &&
                       c.first_byte + c.num_bytes <= tile_bytes,

@@ -23,8 +23,8 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
   check_tensor(c.class_vector, "class_vector", ScalarType::Float, {heads, period, dim}, device);
   check_tensor(c.class_offset, "class_offset", ScalarType::Float, {heads, period}, device);
   check_tensor(c.plan, "plan", ScalarType::Int, {kAny}, device);
-  STD_TORCH_CHECK(c.plan.size(0) > kPlanHeader && c.plan.size(0) <= kPlanInts, name, ": plan table of ",
-                  c.plan.size(0), " integers");
+  STD_TORCH_CHECK(is_plan_size(c.plan.size(0)), name, ": plan table of ", c.plan.size(0),
+                  " integers: this extension belongs to another version of vllm_kqsvd");
   for (const Tensor* t : {&c.encode, &c.weight, &c.latent_mean, &c.class_vector, &c.class_offset, &c.plan}) {
     check_contiguous(*t, name);
   }

@@ -14,6 +14,9 @@ constexpr int kPlanHeader = 4 + kMaxGroups;  // groups, planes, offset of the sc
 // bits | half << 8 | count << 16, offset in the tile, moves / 4, 0, (group | shift << 8)[8], (rotation | group << 8, mask)[8]
 constexpr int kPlaneInts = 28;
 constexpr int kPlanInts = kPlanHeader + kMaxPlanes * kPlaneInts;
+constexpr bool is_plan_size(int64_t ints) {
+  return ints > kPlanHeader && ints <= kPlanInts && (ints - kPlanHeader) % kPlaneInts == 0;
+}
 
 struct PlaneView {
   const int* data;  // aligned to 16 bytes
