@@ -200,7 +200,8 @@ def served(options, llm, windows, exact, offline, how_offline, say) -> None:
         options.context, text = keys[i]
         table = []
         for how, scores in found.items():
-            figures, method = Fidelity.of(text, scores), f"{codec.name} ({how})"
+            served = "" if options.served_dtype == "bfloat16" else f", {options.served_dtype}"
+            figures, method = Fidelity.of(text, scores), f"{codec.name} ({how}{served})"
             say(f"{options.context} {method} {figures.row()}")
             row = table_row(figures, options, method, bits, "class" if folder else 0, rule, folder, "fidelity_engine")
             row["versions"] += f"; served in {options.served_dtype}"

@@ -206,6 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.projection is None):
         parser.error("MODEL and --projection belong together")
+    if options.text and options.model is None:
+        parser.error("--text needs a MODEL, whose tokenizer cuts it")
     with tempfile.TemporaryDirectory() as folder:
         row, found = run(options, Path(folder))
     print("\n".join(f"{name:20} {row[name]}" for name in COLUMNS))

@@ -76,8 +76,7 @@ void launch_many(StoreParams& p, int heads, const Launch& on) {
   p.key_ctas = std::min(tiles, std::max(1, keys));
   const int value_ctas = std::min(tiles, std::max(1, per_head - keys));
   const dim3 grid(p.key_ctas + value_ctas, heads);
-  const bool fits = std::max(p.side[0].groups, p.side[1].groups) <= kSteps || !many_wgmma(kSteps, true);
-  if (fits && bytes[1] <= device.shared_per_block) {
+  if (bytes[1] <= device.shared_per_block) {
     launch_early(store_many_kernel<T, kSteps, true>, p, grid, 32 * many_warps(kSteps), bytes[1], on);
   } else {
     launch_early(store_many_kernel<T, kSteps, false>, p, grid, 32 * many_warps(kSteps), bytes[0], on);
@@ -155,6 +154,7 @@ void store_latent(const Tensor& key, const Tensor& value, const Tensor& pages, s
   p.tile_bytes = static_cast<int>(tile_bytes);
   // The number of steps also tells whether registers hold a token's latents: more than 8 groups take the widest kernel.
   const int steps = std::max(p.side[0].groups, p.side[1].groups) > kWarpGroups ? 16 : store_steps(p.dim);
+  STD_TORCH_CHECK(std::max(p.side[0].groups, p.side[1].groups) <= steps, "more latents than head_dim ", dim);
   for (const Tensor* image : {&k.encode, &v.encode}) {
     STD_TORCH_CHECK(image->size(2) == steps, "encode images have ", image->size(2), " steps, ", steps, " are needed");
   }

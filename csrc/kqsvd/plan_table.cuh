@@ -11,7 +11,8 @@ namespace kqsvd {
 constexpr int kMaxGroups = 16;
 constexpr int kMaxPlanes = 32;
 constexpr int kPlanHeader = 4 + kMaxGroups;  // groups, planes, offset of the scale bytes, 0, code widths
-// bits | half << 8 | count << 16, offset in the tile, moves / 4, 0, (group | shift << 8)[8], (rotation | group << 8, mask)[8]
+// bits | half << 8 | count << 16, offset in the tile, moves / 4, 0, (group | shift << 8)[8], then the moves,
+// (rotation | group << 8, mask)[8]
 constexpr int kPlaneInts = 28;
 constexpr int kPlanInts = kPlanHeader + kMaxPlanes * kPlaneInts;
 constexpr bool is_plan_size(int64_t ints) {
@@ -26,6 +27,7 @@ struct PlaneView {
   __device__ int offset() const { return data[1]; }
   __device__ int group(int i) const { return data[4 + i] & 255; }
   __device__ int shift(int i) const { return data[4 + i] >> 8; }
+  __device__ const int4* moves() const { return reinterpret_cast<const int4*>(data + 12); }  // two moves each
 };
 
 struct PlanView {
@@ -44,11 +46,12 @@ struct alignas(4 * kTokens) CodeWords {
 };
 
 // Columns 2t (low 16 bits) and 2t + 1 of kTokens tokens in a plane: 16 bits each in a full plane, 8 bits in a half
-// plane. `words[kStride * group]` are the tokens' code words of this t. Four moves at a time: a word is rotated and the bits
-// that belong here stay; the last ones may be empty.
+// plane. `words[kStride * group]` are the tokens' code words of this t. Four moves at a time: a word is rotated and the
+// bits that belong here stay; the last ones may be empty.
 template <int kStride, int kTokens>
-__device__ __forceinline__ CodeWords<kTokens> gather_plane(PlaneView plane, int quads, const CodeWords<kTokens>* words) {
-  const int4* moves = reinterpret_cast<const int4*>(plane.data + 12);
+__device__ __forceinline__ CodeWords<kTokens> gather_plane(PlaneView plane, int quads,
+                                                           const CodeWords<kTokens>* words) {
+  const int4* moves = plane.moves();
   CodeWords<kTokens> out{};
 #pragma unroll 1
   for (; quads > 0; --quads, moves += 2) {

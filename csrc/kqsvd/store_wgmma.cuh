@@ -5,6 +5,7 @@
 #define KQSVD_STORE_WGMMA_CUH
 
 #include "instructions.cuh"
+#include "mma.cuh"
 #include "mma_wgmma.cuh"
 
 namespace kqsvd {
@@ -50,7 +51,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared) {
 }
 
 // Between a thread's writes to shared memory and a barrier behind which wgmma reads them.
-__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_for_wgmma() { decode::proxy_fence(); }
 
 }  // namespace kqsvd
 

@@ -33,7 +33,6 @@ void emulate_store_steps(StoreParams& p, int heads, bool many, int ctas, bool in
     return;
   }
   p.key_ctas = std::min(tiles, ctas);
-  if (groups > kSteps && many_wgmma(kSteps, true)) in_shared = false;
   size_t shared = 0;
   for (const StoreSide& side : p.side) {
     const bool halves = side.rotate && !p.rope.interleaved;
