@@ -51,6 +51,9 @@ def engine_options(arm: str, model: Path, options: argparse.Namespace) -> dict:
         kw["distributed_executor_backend"] = options.executor
     if options.compilation:
         kw["compilation_config"] = json.loads(options.compilation)
+    if getattr(options, "profile", None):
+        where = {"profiler": "torch", "torch_profiler_dir": str(options.profile.resolve() / arm)}
+        kw["profiler_config"] = {**where, "torch_profiler_with_stack": False}
     if arm.startswith("kqsvd"):
         kw["attention_backend"] = "CUSTOM"
         kw["additional_config"] = {"kqsvd": {"projection": str(model / arm)}}
@@ -81,6 +84,8 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
     rates = (all_at_once if requests <= fit else in_turns)(llm, prompts, params)
+    if options.profile and requests <= fit:
+        profile_steps(llm, prompts, params)
     return {
         **{name: round(rate, 1) for name, rate in rates.items()},
         "requests": requests,
@@ -129,6 +134,22 @@ def all_at_once(llm, prompts: list[dict], params) -> dict[str, float]:
         if not full and len(running) == len(prompts):
             full = now
     return {"tok_s": produced / now, "decode_tok_s": rate}
+
+
+def profile_steps(llm, prompts: list[dict], params, steps: int = 8) -> None:
+    """Steps of all requests once more, under PyTorch's profiler on every rank."""
+    engine = llm.llm_engine
+    names = [f"profiled-{i}" for i in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.add_request(name, prompt, params)
+    running: set[str] = set()
+    while len(running) < len(prompts):
+        running |= {o.request_id for o in engine.step()}
+    llm.start_profile()
+    for _ in range(steps):
+        engine.step()
+    llm.stop_profile()
+    engine.abort_request(names)
 
 
 def request_count(text: str) -> int:
@@ -192,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_engine_arguments(parser, requests=192)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="then profile some steps on every rank, if all fit")
     options = parser.parse_args()
     if options.run_arm:
         print("RESULT " + json.dumps(run_arm(options.run_arm, options.folder, options)), flush=True)

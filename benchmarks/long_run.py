@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.decode_throughput import append_row, provenance
 from benchmarks.demo_server import OFFLINE, Server
 from benchmarks.long_run_load import Crowd, Load, Tally, solo_runs
-from benchmarks.long_run_watch import Watch, draw, trend
+from benchmarks.long_run_watch import Watch, draw, risers, trend
 
 COLUMNS = (
     "date device versions command model kv_tokens minutes answers left errors tokens_in tokens_out longest_prompt "
@@ -135,7 +135,8 @@ def complaints(options: argparse.Namespace, row: dict, tally: Tally, watch: Watc
         for what in ("host_mib", "device_mib"):
             line = trend(seconds, [getattr(s, what) for s in watch.samples])
             if not line.flat():
-                found.append(f"{what} rises from {line.first:.0f} to {line.last:.0f} in {line.minutes:.0f} minutes")
+                rise = f"{what} rises from {line.first:.0f} to {line.last:.0f} in {line.minutes:.0f} minutes"
+                found.append(rise + (f" ({risers(watch.samples)})" if what == "host_mib" else ""))
     if row["cache_left"]:
         found.append(f"{row['cache_left']:.1%} of the cache is in use though nothing runs")
     log = server.log.read_text(errors="replace")
@@ -175,6 +176,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:
             "kv_tokens": server.kv_tokens(),
             **row_of(options, tally, watch, before, after),
         }
+        print(f"host memory at the end, MiB: {watch.samples[-1].by_process}; risen: {risers(watch.samples) or 'none'}")
         if options.plot:
             draw(watch.samples, options.plot)
         found = complaints(options, row, tally, watch, server)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -30,26 +31,29 @@ class Sample:
     cache_use: float
     preemptions: float
     prefix_hits: float
+    by_process: dict[str, float]  # process -> MiB of `host_mib`
 
 
-def held_mib(server: Server) -> float:
+def held_mib(server: Server) -> dict[str, float]:
     """Memory that only the server's processes hold: anonymous and shared, resident or swapped; no mapped files.
 
     Files are left out because the system may drop and read them again at will.
     """
-    kib = 0
-    for pid in server.members():
+    found = {}
+    for pid, title in server.members().items():
         try:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:  # it has just ended
             continue
-        kib += sum(int(x.split()[1]) for x in lines if x.startswith(("RssAnon:", "RssShmem:", "VmSwap:")))
-    return kib / 1024
+        kib = sum(int(x.split()[1]) for x in lines if x.startswith(("RssAnon:", "RssShmem:", "VmSwap:")))
+        found[f"{title.split(' ')[0].rsplit('/', 1)[-1]} {pid}"] = kib / 1024
+    return found
 
 
 def device_mib() -> float:
-    """Memory in use on the first GPU."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    """Memory in use on the first GPU that this process may use."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -74,15 +78,17 @@ class Watch(threading.Thread):
 
     def _look(self) -> Sample:
         metrics = self._server.metrics()
+        held = held_mib(self._server)
         return Sample(
             time.monotonic() - self._began,
-            held_mib(self._server),
+            sum(held.values()),
             device_mib() if self._on_gpu else 0.0,
             metrics["vllm:generation_tokens_total"],
             metrics["vllm:num_requests_running"],
             metrics["vllm:kv_cache_usage_perc"],
             metrics["vllm:num_preemptions_total"],
             metrics["vllm:prefix_cache_hits_total"],
+            held,
         )
 
     def preempted_and_hit(self) -> bool:
@@ -123,6 +129,14 @@ def trend(seconds: list[float], mib: list[float]) -> Trend:
     slope, level = np.polyfit(middle, [np.percentile(y[s], FLOOR) for s in spans], 1)
     begin, end = x[keep][0], x[-1]
     return Trend(level + slope * begin, level + slope * end, (end - begin) / 60)
+
+
+def risers(samples: list[Sample]) -> str:
+    """Which processes' floors rise, by how much; empty if none does by a MiB."""
+    seconds = [s.seconds for s in samples]
+    lines = {name: trend(seconds, [s.by_process.get(name, 0.0) for s in samples]) for name in samples[-1].by_process}
+    risen = {name: x.last - x.first for name, x in lines.items() if x.last - x.first >= 1}
+    return ", ".join(f"{name} by {mib:.0f}" for name, mib in sorted(risen.items(), key=lambda x: -x[1]))
 
 
 def draw(samples: list[Sample], out: Path) -> None:
