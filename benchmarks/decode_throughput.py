@@ -138,6 +138,10 @@ def all_at_once(llm, prompts: list[dict], params) -> dict[str, float]:
 
 def profile_steps(llm, prompts: list[dict], params, steps: int = 8) -> None:
     """Steps of all requests once more, under PyTorch's profiler on every rank."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = params.clone()
+    params.output_kind = RequestOutputKind.DELTA  # `generate` asks for the whole answer at the end, and we would see no step
     engine = llm.llm_engine
     names = [f"profiled-{i}" for i in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):
