@@ -78,8 +78,9 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     requests = options.requests or fit
     params = SamplingParams(max_tokens=options.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
     gen = torch.Generator().manual_seed(0)
+    vocab = min(100_000, config.model_config.get_vocab_size())
     prompts = [
-        {"prompt_token_ids": torch.randint(10, 100000, (options.input_len,), generator=gen).tolist()}
+        {"prompt_token_ids": torch.randint(10, vocab, (options.input_len,), generator=gen).tolist()}
         for _ in range(requests)
     ]
     llm.generate(prompts[:2], params, use_tqdm=False)
@@ -141,7 +142,7 @@ def profile_steps(llm, prompts: list[dict], params, steps: int = 8) -> None:
     from vllm.sampling_params import RequestOutputKind
 
     params = params.clone()
-    params.output_kind = RequestOutputKind.DELTA  # `generate` asks for the whole answer at the end, and we would see no step
+    params.output_kind = RequestOutputKind.DELTA  # `generate` has set FINAL_ONLY, which shows no step
     engine = llm.llm_engine
     names = [f"profiled-{i}" for i in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("aiohttp")
 
 from benchmarks import long_run  # noqa: E402
-from benchmarks.long_run_watch import trend  # noqa: E402
+from benchmarks.long_run_watch import Sample, risers, trend  # noqa: E402
 from tests.reliability import LONG  # noqa: E402
 
 
@@ -41,3 +41,13 @@ def test_a_leak_is_seen() -> None:
     leak = [x + s / 10 for x, s in zip(warm_up, seconds, strict=True)]  # 360 MiB an hour
     found = trend(seconds, leak)
     assert not found.flat() and abs(found.growth - 360) < 1
+
+
+def test_the_process_that_leaks_is_named() -> None:
+    def sample(n: int) -> Sample:
+        held = {"engine 7": 400.0, "worker 8": 500 + n / 2}  # 60 MiB in the end, 45 of them after the first quarter
+        return Sample(5.0 * n, sum(held.values()), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, held)
+
+    samples = [sample(n) for n in range(120)]
+    assert risers(samples) == "worker 8 by 45"
+    assert risers([Sample(s.seconds, 0, 0, 0, 0, 0, 0, 0, {"engine 7": 400.0}) for s in samples]) == ""
