@@ -3,40 +3,57 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
 from tests.attention.conftest import engine  # noqa: E402
 from tests.attention.models import write_projection, write_quantized  # noqa: E402
-from tests.attention.runs import Run, assert_agree, generate, prompt_of  # noqa: E402
+from tests.attention.runs import prompt_logprobs, prompt_of  # noqa: E402
 from vllm_kqsvd.projection import ModelFingerprint  # noqa: E402
 
-PROMPTS = [*(prompt_of(n, seed=n) for n in (1, 17, 40)), prompt_of(300, seed=9)]
-LOSS = 0.15
+PROMPTS = [prompt_of(300, seed=9), prompt_of(300, seed=10), prompt_of(200, seed=11)]
 AMX = torch.cpu._is_amx_tile_supported()
 ACTIVATIONS = "bfloat16" if AMX else "float32"  # vLLM's 8-bit kernels for AMX take 16 bits alone
-fp8_marks = [
-    pytest.mark.skipif(not (torch.cuda.is_available() or AMX), reason="vLLM's fp8 kernels run on GPUs and AMX"),
-    pytest.mark.xfail(AMX, reason="answers part by up to 0.48 there, not explained (CHANGELOG)", strict=False),
-]
+ON_GPU_OR_AMX = pytest.mark.skipif(not (torch.cuda.is_available() or AMX), reason="vLLM's fp8 kernels run there alone")
 
 
-def answers(model: Path, projection: Path | None) -> list[Run]:
-    """Greedy runs of an engine that is gone afterwards."""
+def logprobs(model: Path, projection: Path | None) -> torch.Tensor:
+    """Of every token of the prompts, read 64 at a time by an engine that is gone afterwards."""
     with engine(model, projection, dtype=ACTIVATIONS) as llm:
-        return generate(llm, PROMPTS)
+        return torch.tensor([x for prompt in PROMPTS for x in prompt_logprobs(llm, prompt)])
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=fp8_marks)], ids=["int8", "fp8"])
+def shaken(model: Path, folder: Path) -> Path:
+    """The same model with embeddings a thousandth off, at random."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
+    tensors["model.embed_tokens.weight"] = embeddings * (1 + noise / 1000)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=ON_GPU_OR_AMX)], ids=["int8", "fp8"]
+)
 def test_a_quantized_checkpoint(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Activations rounded to 8 bits make a large change of the least one, so the model itself says what is little.
+
+    Embeddings a thousandth off move it by 0.06 (int8) and 0.15 (fp8) of log probability, root mean square; 8-bit
+    latents by 0.05 and 0.11 (on AMX, in bfloat16).
+    """
     model = write_quantized(tmp_path / "model", tiny / "model", dtype)
-    projection = write_projection(tmp_path / "p8", model)
-    for a, b in zip(answers(model, None), answers(model, projection), strict=True):
-        assert_agree(a, b, LOSS)
+    exact = logprobs(model, None)
+    moved = (logprobs(shaken(model, tmp_path / "shaken"), None) - exact).square().mean().sqrt()
+    ours = (logprobs(model, write_projection(tmp_path / "p8", model)) - exact).square().mean().sqrt()
+    assert ours < 1.2 * max(moved, 0.05) < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
