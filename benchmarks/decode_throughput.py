@@ -51,9 +51,6 @@ def engine_options(arm: str, model: Path, options: argparse.Namespace) -> dict:
         kw["distributed_executor_backend"] = options.executor
     if options.compilation:
         kw["compilation_config"] = json.loads(options.compilation)
-    if getattr(options, "profile", None):
-        where = {"profiler": "torch", "torch_profiler_dir": str(options.profile.resolve() / arm)}
-        kw["profiler_config"] = {**where, "torch_profiler_with_stack": False}
     if arm.startswith("kqsvd"):
         kw["attention_backend"] = "CUSTOM"
         kw["additional_config"] = {"kqsvd": {"projection": str(model / arm)}}
@@ -69,7 +66,11 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict:
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
-    llm = LLM(**engine_options(arm, model, options))
+    kw = engine_options(arm, model, options)
+    if options.profile:
+        where = {"profiler": "torch", "torch_profiler_dir": str(options.profile.resolve() / arm)}
+        kw["profiler_config"] = {**where, "torch_profiler_with_stack": False}
+    llm = LLM(**kw)
     ready = time.perf_counter() - start
     config = llm.llm_engine.vllm_config
     cache = config.cache_config

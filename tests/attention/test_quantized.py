@@ -14,19 +14,26 @@ pytest.importorskip("vllm")
 
 from tests.attention.conftest import engine  # noqa: E402
 from tests.attention.models import write_projection, write_quantized  # noqa: E402
-from tests.attention.runs import prompt_logprobs, prompt_of  # noqa: E402
+from tests.attention.runs import Run, assert_agree, generate, prompt_logprobs, prompt_of  # noqa: E402
 from vllm_kqsvd.projection import ModelFingerprint  # noqa: E402
 
-PROMPTS = [prompt_of(300, seed=9), prompt_of(300, seed=10), prompt_of(200, seed=11)]
+PROMPTS = [*(prompt_of(n, seed=n) for n in (1, 17, 40)), prompt_of(300, seed=9)]
+READ = [prompt_of(300, seed=9), prompt_of(300, seed=10), prompt_of(200, seed=11)]
+LOSS = 0.15
 AMX = torch.cpu._is_amx_tile_supported()
 ACTIVATIONS = "bfloat16" if AMX else "float32"  # vLLM's 8-bit kernels for AMX take 16 bits alone
-ON_GPU_OR_AMX = pytest.mark.skipif(not (torch.cuda.is_available() or AMX), reason="vLLM's fp8 kernels run there alone")
+
+
+def answers(model: Path, projection: Path | None) -> list[Run]:
+    """Greedy runs of an engine that is gone afterwards."""
+    with engine(model, projection, dtype=ACTIVATIONS) as llm:
+        return generate(llm, PROMPTS)
 
 
 def logprobs(model: Path, projection: Path | None) -> torch.Tensor:
-    """Of every token of the prompts, read 64 at a time by an engine that is gone afterwards."""
+    """Of every token of `READ`, 64 at a time."""
     with engine(model, projection, dtype=ACTIVATIONS) as llm:
-        return torch.tensor([x for prompt in PROMPTS for x in prompt_logprobs(llm, prompt)])
+        return torch.tensor([x for prompt in READ for x in prompt_logprobs(llm, prompt)])
 
 
 def shaken(model: Path, folder: Path) -> Path:
@@ -40,20 +47,25 @@ def shaken(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=ON_GPU_OR_AMX)], ids=["int8", "fp8"]
-)
-def test_a_quantized_checkpoint(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """Activations rounded to 8 bits make a large change of the least one, so the model itself says what is little.
+def test_an_int8_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    model = write_quantized(tmp_path / "model", tiny / "model", torch.int8)
+    projection = write_projection(tmp_path / "p8", model)
+    for a, b in zip(answers(model, None), answers(model, projection), strict=True):
+        assert_agree(a, b, LOSS)
 
-    Embeddings a thousandth off move it by 0.06 (int8) and 0.15 (fp8) of log probability, root mean square; 8-bit
-    latents by 0.05 and 0.11 (on AMX, in bfloat16).
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or AMX), reason="vLLM's fp8 kernels run on GPUs and AMX")
+def test_an_fp8_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    """Activations rounded to fp8 make a large change of the least one, so the model itself says what is little.
+
+    Embeddings a thousandth off move it by 0.15 of log probability, root mean square; latents of
+    8 bits by 0.11, of 4 bits by 0.21 (on AMX).
     """
-    model = write_quantized(tmp_path / "model", tiny / "model", dtype)
+    model = write_quantized(tmp_path / "model", tiny / "model", torch.float8_e4m3fn)
     exact = logprobs(model, None)
     moved = (logprobs(shaken(model, tmp_path / "shaken"), None) - exact).square().mean().sqrt()
     ours = (logprobs(model, write_projection(tmp_path / "p8", model)) - exact).square().mean().sqrt()
-    assert ours < 1.2 * max(moved, 0.05) < 0.3
+    assert ours < moved < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
