@@ -16,6 +16,7 @@ struct Progress {
   int none;                          // value of `request` before the first one
   int head, column0, key_exponent;  // of vh
   int settled;  // whether pages may be read before the previous kernel has ended (pages_are_settled)
+  int join_begin;  // where the CTA's range begins if its warpgroups join their results, else -1
 };
 
 // Where the record of the item goes: a request that this warpgroup serves alone has a place of its own.
@@ -26,7 +27,9 @@ __device__ __forceinline__ float* record_target(const DecodeParams& p, Scratch<C
   if (at->begin <= r->unit_begin && r->unit_end <= at->end)
     return p.whole_partials +
            (static_cast<int64_t>(at->request) * (p.num_kv_heads * p.column_groups) + at->vh) * Cf::kRecord;
-  const int slot = piece_slot<Cf>(at->cut, p.max_phases, blockIdx.x, warpgroup, at->vh, at->begin, r->unit_begin);
+  const bool joins = at->join_begin >= 0;
+  const int slot = piece_slot<Cf>(at->cut, p.max_phases, blockIdx.x, joins ? 0 : warpgroup, at->vh,
+                                  joins ? at->join_begin : at->begin, r->unit_begin);
   return p.partials + static_cast<int64_t>(slot) * Cf::kRecord;
 }
 
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
   int loaded = first_head / p.column_groups;
   uint32_t loads = 1;  // of head constants so far
   if (thread == 0) load_head(loaded);
-  if (lane == 0) *at = Progress{whole, first_head - 1, 0, 0, 0, 0, 0, 0, 0, __ldcg(&total->first)};
+  if (lane == 0) *at = Progress{whole, first_head - 1, 0, 0, 0, 0, 0, 0, 0, __ldcg(&total->first), -1};
   __syncwarp();
 
 #pragma unroll 1
@@ -144,13 +147,18 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
       loaded = head;
       ++loads;
     }
-    int begin, end;
-    cut.template part_range<Cf::kWarpgroups>(blockIdx.x, warpgroup, vh, begin, end);
+    const Cut::Range all = cut.range_of(blockIdx.x, vh);
+    const int begin = all.template end_of<Cf::kWarpgroups>(warpgroup), end = all.template end_of<Cf::kWarpgroups>(warpgroup + 1);
     const int first = begin < end ? find_request(p.requests, p.num_requests, begin, lane) : p.num_requests;
     __syncwarp();  // every lane has read what lane 0 overwrites
     if (lane == 0) {
       at->vh = vh, at->begin = begin, at->end = end, at->request = at->none = first - 1;
       at->head = head, at->column0 = (vh - head * p.column_groups) * Cf::C, at->key_exponent = p.key_exponent[head];
+      at->join_begin = -1;
+      if (begin < end) {
+        const Request* r = p.requests + first;
+        if (cut.template joins<Cf::kWarpgroups>(all, r->unit_begin, r->unit_end)) at->join_begin = all.begin;
+      }
       *stream.state(map.ring(warp)) = StreamState{head, begin, end, warp & 3, first, 0};
     }
     __syncwarp();
@@ -186,8 +194,13 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
             {acc.max[0], acc.max[1]}, {acc.p[0], acc.p[1]}, {acc.ps[0], acc.ps[1]}, {acc.sink[0], acc.sink[1]}};
         float* target = record_target<Cf>(p, scratch, at);
         if (over) {
-          write_last_record<Cf, Cf::C == 4>(target, map.ring(4 * warpgroup), Cf::kWarpBytes, scratch.exchange(), acc.o, sums,
-                                            thread & 127, warpgroup);
+          const bool joins = at->join_begin >= 0;
+          write_last_record<Cf, Cf::C == 4>(joins ? scratch.record() : target, map.ring(4 * warpgroup), Cf::kWarpBytes,
+                                            scratch.exchange(), acc.o, sums, thread & 127, warpgroup);
+          if (joins) {  // then all warpgroups come here, once
+            __syncthreads();
+            join_records<Cf>(target, reinterpret_cast<const float*>(map.scratch(0)), thread);
+          }
           break;
         }
         const int g = lane >> 2;

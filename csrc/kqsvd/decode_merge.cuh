@@ -115,8 +115,9 @@ __device__ __forceinline__ void write_record(float* target, const float* halves,
   }
 }
 
-// The end of a warpgroup's range: its four warps' results as one record in global memory. No more pages will come, so the
-// warps' rings serve as room: merge_warps has to do with a record's. `rings`: of the first warp, `stride` bytes apart.
+// The end of a warpgroup's range: its four warps' results as one record in global or shared memory. No more pages will
+// come, so the warps' rings serve as room: merge_warps has to do with a record's. `rings`: of the first warp, `stride`
+// bytes apart.
 template <class Cf, bool Fold, int Tiles>
 __device__ __forceinline__ void write_last_record(float* target, uint8_t* rings, int stride, float* exchange,
                                                   const float (&o)[Tiles][4], Sums s, int thread, int warpgroup) {
@@ -146,7 +147,7 @@ __device__ __forceinline__ void write_last_record(float* target, uint8_t* rings,
   float* factors = exchange + warp * 32;
   factors[lane] = exp2_fast(own - top);
   __syncwarp();
-  if (warp == 3 && lane < C) __stcg(target + (Cf::kOutRows + 3) * C + lane, top);
+  if (warp == 3 && lane < C) target[(Cf::kOutRows + 3) * C + lane] = top;
 #pragma unroll 1
   for (int row = thread; row < Cf::kOutRows + 3; row += 128) {
     float4 sum[2] = {make_float4(0.f, 0.f, 0.f, 0.f), make_float4(0.f, 0.f, 0.f, 0.f)};
@@ -160,8 +161,32 @@ __device__ __forceinline__ void write_last_record(float* target, uint8_t* rings,
         to.x += f.x * x.x, to.y += f.y * x.y, to.z += f.z * x.z, to.w += f.w * x.w;
       }
     float4* at = reinterpret_cast<float4*>(target + row * C);
-    __stcg(at, sum[0]);
-    if (!Fold) __stcg(at + 1, sum[1]);
+    at[0] = sum[0];
+    if (!Fold) at[1] = sum[1];
+  }
+}
+
+// The records that the warpgroups of a CTA left in shared memory, each at the start of its scratch, as one in global memory.
+// All threads of the CTA, behind a barrier. Not inlined: that costs the main loop registers.
+template <class Cf>
+__device__ __noinline__ void join_records(float* target, const float* first, int thread) {
+  constexpr int kMax = (Cf::kOutRows + 3) * Cf::C / 4, kApart = Cf::kScratchBytes / 16;
+  for (int i = thread; i < Cf::kRecord / 4; i += Cf::kThreads) {
+    const float4* from = reinterpret_cast<const float4*>(first);
+    float4 m[Cf::kWarpgroups], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 top = make_float4(kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax);
+#pragma unroll
+    for (int w = 0; w < Cf::kWarpgroups; ++w) {
+      m[w] = from[w * kApart + kMax + i % (Cf::C / 4)];
+      top.x = fmaxf(top.x, m[w].x), top.y = fmaxf(top.y, m[w].y), top.z = fmaxf(top.z, m[w].z), top.w = fmaxf(top.w, m[w].w);
+    }
+#pragma unroll
+    for (int w = 0; w < Cf::kWarpgroups; ++w) {
+      const float4 x = from[w * kApart + i];
+      sum.x += exp2_fast(m[w].x - top.x) * x.x, sum.y += exp2_fast(m[w].y - top.y) * x.y;
+      sum.z += exp2_fast(m[w].z - top.z) * x.z, sum.w += exp2_fast(m[w].w - top.w) * x.w;
+    }
+    __stcg(reinterpret_cast<float4*>(target) + i, i < kMax ? sum : top);
   }
 }
 
@@ -187,7 +212,11 @@ __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int m
   for (int i = lane; i - lane < ctas * parts; i += 32) {
     const int k = min(i / parts, ctas - 1), cta = cut.cta_with(head, k), part = i % parts;
     int begin = 0, end = 0;
-    if (i < ctas * parts) cut.part_range<parts>(line, cta, k, part, head, begin, end);
+    if (i < ctas * parts) {
+      const Cut::Range all = cut.range_of(line, cta, k, head);
+      begin = all.end_of<parts>(part), end = all.end_of<parts>(part + 1);
+      if (part > 0 && cut.joins<parts>(all, unit_begin, unit_end)) end = begin;  // the first warpgroup stands for all
+    }
     const bool hit = max(begin, unit_begin) < min(end, unit_end);
     const bool whole = hit && begin <= unit_begin && unit_end <= end;
     const unsigned hits = __ballot_sync(~0u, hit);
@@ -262,9 +291,8 @@ __device__ __forceinline__ void merge_records(float* sum, float* parts, Record r
   __syncthreads();
   if constexpr (Parts > 1) {  // a thread has half of the columns of a row
     constexpr int kHalf = C / 2;
-    static_assert(Cf::kRecord / kHalf <= 128 * Parts);
-    const int i = thread * kHalf, column = i % C;
-    if (i < Cf::kRecord) {
+    for (int i = thread * kHalf; i < Cf::kRecord; i += 128 * Parts * kHalf) {
+      const int column = i % C;
       float high[kHalf], x[kHalf] = {};
 #pragma unroll
       for (int c = 0; c < kHalf; ++c) high[c] = kEmptyMax;

@@ -78,14 +78,14 @@ struct DecodeParams {
   int finish_parts;        // warpgroups of a finishing block: 1 or kFewParts
 };
 
-constexpr int kFewParts = 4;
+constexpr int kFewParts = 2;
 
 // What it takes a warpgroup to go from one request to the next, in units: ranges are cut as if requests lay so far apart.
 constexpr int kChangeUnits = 1;
 
 // How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
 // no latent CTA: as long as finishing blocks are few, some multiprocessors are left to them, so that they begin early and
-// the next layer's CTAs are not kept waiting. More of them crowd, four on a multiprocessor, where the next layer's last
+// the next layer's CTAs are not kept waiting: two to a multiprocessor. More of them crowd, four on one, where the next layer's last
 // CTAs will be: those begin when the others read already.
 struct Grid {
   int num_ctas, finish_parts, late_ctas;
@@ -93,7 +93,7 @@ struct Grid {
 inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
   const int64_t blocks = int64_t{virtual_heads} * num_requests, crowded = (blocks + 3) / 4;
   const bool few = blocks * 11 <= multiprocessors;
-  const int64_t reserved = few ? blocks : blocks * 16 <= multiprocessors * 4 ? crowded : 0;
+  const int64_t reserved = few ? (blocks + 1) / 2 : blocks * 16 <= multiprocessors * 4 ? crowded : 0;
   int ctas = static_cast<int>(multiprocessors - reserved);
   if (reserved > 0) ctas -= ctas % virtual_heads;  // ranges of equal length
   const bool late = reserved == 0 && crowded * 4 <= ctas;  // with more, nearly all begin late

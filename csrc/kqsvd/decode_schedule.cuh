@@ -87,27 +87,35 @@ struct Cut {
     return {line / all, line % all, early, less};
   }
 
-  // Units [begin, end) of `head` that belong to warpgroup `part` of `cta`, counted from the head's first unit.
-  template <int parts>
-  __device__ void part_range(int cta, int part, int head, int& begin, int& end) const {
+  // Units of `head`, counted from its first one, that belong to a CTA.
+  struct Range {
+    unsigned begin, size;
+    // Those of the first `part` of `parts` warpgroups end here.
+    template <int parts>
+    __device__ int end_of(int part) const {
+      return begin + size * part / parts;
+    }
+  };
+  __device__ Range range_of(int cta, int head) const {
     int own, k = 0;
     if (heads <= num_ctas) place(cta, own, k);
-    part_range<parts>(heads <= num_ctas ? line_of(head) : Line{}, cta, k, part, head, begin, end);
+    return range_of(heads <= num_ctas ? line_of(head) : Line{}, cta, k, head);
   }
+  __device__ Range range_of(const Line& line, int cta, int k, int head) const {
+    if (heads <= num_ctas) return {line.end_of(k), line.end_of(k + 1) - line.end_of(k)};
+    // In num_ctas-ths of a unit, so that no product overflows.
+    const int64_t first = static_cast<int64_t>(units) * heads * cta / num_ctas - static_cast<int64_t>(head) * units;
+    const int64_t last = static_cast<int64_t>(units) * heads * (cta + 1) / num_ctas - static_cast<int64_t>(head) * units;
+    const unsigned lo = static_cast<unsigned>(max(first, int64_t{0}));
+    return {lo, static_cast<unsigned>(max(min(last, static_cast<int64_t>(units)) - lo, int64_t{0}))};
+  }
+  // Whether the warpgroups of a CTA join their results before these leave the multiprocessor: where a CTA serves one head,
+  // each of them has some of its units, and all are of one request.
   template <int parts>
-  __device__ void part_range(const Line& line, int cta, int k, int part, int head, int& begin, int& end) const {
-    unsigned lo, n;
-    if (heads <= num_ctas) {
-      lo = line.end_of(k);
-      n = line.end_of(k + 1) - lo;
-    } else {  // in num_ctas-ths of a unit, so that no product overflows
-      const int64_t first = static_cast<int64_t>(units) * heads * cta / num_ctas - static_cast<int64_t>(head) * units;
-      const int64_t last = static_cast<int64_t>(units) * heads * (cta + 1) / num_ctas - static_cast<int64_t>(head) * units;
-      lo = static_cast<unsigned>(max(first, int64_t{0}));
-      n = static_cast<unsigned>(max(min(last, static_cast<int64_t>(units)) - lo, int64_t{0}));
-    }
-    begin = lo + n * part / parts;
-    end = lo + n * (part + 1) / parts;
+  __device__ bool joins(const Range& all, int unit_begin, int unit_end) const {
+    const int begin = all.begin, size = all.size;
+    return heads <= num_ctas && size >= parts && unit_begin <= begin && begin + size <= unit_end + kChangeUnits &&
+           all.end_of<parts>(parts - 1) < unit_end;
   }
   // CTAs that may hold units of `head`: cta_with(head, i) for i < num_with(head), in the order of their units.
   __device__ int num_with(int head) const {

@@ -54,8 +54,10 @@ void cut_lines(int units, int heads, int ctas, int late_ctas, int late_units, in
   const Cut cut(p, units);
   for (int cta = 0; cta < ctas; ++cta) {
     heads_of[2 * cta] = cut.first_head(cta), heads_of[2 * cta + 1] = cut.last_head(cta);
-    for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head)
-      cut.part_range<1>(cta, 0, head, ranges[2 * (cta * heads + head)], ranges[2 * (cta * heads + head) + 1]);
+    for (int head = heads_of[2 * cta]; head <= heads_of[2 * cta + 1]; ++head) {
+      const Cut::Range all = cut.range_of(cta, head);
+      ranges[2 * (cta * heads + head)] = all.begin, ranges[2 * (cta * heads + head) + 1] = all.begin + all.size;
+    }
   }
   for (int head = 0; head < heads; ++head) {
     int* of = ctas_of + head * (ctas + 1);

@@ -128,7 +128,7 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
     p.late_ctas, p.late_units = (1, 2) if len(case.lengths) % 2 else (0, 0)
     p.most_ctas = -(-NUM_CTAS // heads)
     p.big_heads = NUM_CTAS - (p.most_ctas - 1) * heads
-    p.finish_parts = 4 if step.num_reqs == 1 else 1
+    p.finish_parts = 2 if step.num_reqs == 1 else 1
     lib.decode(ctypes.byref(schedule), ctypes.byref(p))
     window = reference.ExactWindow(t["window_pages"], step.window_block_table, case.window) if case.window else None
     want = reference.attend(
@@ -144,6 +144,9 @@ def run_emulated(case: Case, library) -> tuple[float, float]:
 CASES = {
     "splits, sinks": Case(lengths=(700, 97, 1333), kv_heads=2),
     "one head": Case(lengths=(1500,), kv_heads=1),
+    "warpgroups join": Case(lengths=(3200, 2700, 300), kv_heads=1),
+    "warpgroups join, one request": Case(lengths=(2600,), kv_heads=1),
+    "warpgroups join, eight columns": Case(lengths=(2600,), group=8, kv_heads=1),
     "more heads than CTAs": Case(lengths=(300, 90), kv_heads=4),
     "short, empty": Case(lengths=(1, 0, 17, 80, 129), query_lens=(1, 1, 1, 0, 1), kv_heads=1),
     "no window": Case(lengths=(5, 333), window=0, kv_heads=1),
@@ -276,11 +279,11 @@ def test_late_ctas_go_to_the_heads_with_more(library) -> None:
 @pytest.mark.parametrize(
     ("heads", "requests", "want"),
     [
-        (8, 1, (120, 4, 0)),
+        (8, 1, (128, 2, 0)),
         (8, 2, (128, 1, 0)),
         (8, 4, (120, 1, 0)),
         (8, 5, (132, 1, 10)),
-        (1, 1, (131, 4, 0)),
+        (1, 1, (131, 2, 0)),
         (8, 16, (132, 1, 32)),
         (8, 64, (132, 1, 0)),
         (8, 256, (132, 1, 0)),
