@@ -133,6 +133,7 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   const int64_t virtual_heads = int64_t{p.num_kv_heads} * p.column_groups;
   const Grid grid = grid_of(kqsvd::limits_of(device).multiprocessors, static_cast<int>(virtual_heads), p.num_requests);
   p.num_ctas = grid.num_ctas, p.finish_parts = grid.finish_parts;
+  p.join_from = p.finish_parts == 1 ? kJoinFrom : kJoinFromFew;
   p.most_ctas = static_cast<int>((p.num_ctas + virtual_heads - 1) / virtual_heads);
   p.big_heads = static_cast<int>(p.num_ctas - (p.most_ctas - 1) * virtual_heads);
   p.late_ctas = grid.late_ctas, p.late_units = kLateBytes / instance.unit_bytes;

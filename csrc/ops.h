@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 
 // Constants with which one side is coded (vllm_kqsvd/ops/cuda_tables.py says what each holds).
 struct CodecTensors {
-  const Tensor &encode, &weight, &latent_mean, &class_vector, &class_offset, &plan;
+  const Tensor &encode, &operand, &weight, &latent_mean, &class_vector, &class_offset, &plan;
 };
 
 // Constants with which one side is decoded.

@@ -32,6 +32,12 @@ StoreSide side_of(const Tensor& x, const CodecTensors& c, const char* name, bool
   side.x = x.data_ptr();
   side.token_stride = x.stride(0), side.head_stride = x.stride(1);
   side.encode = data<const uint4>(c.encode);
+  const int64_t steps = c.encode.size(2);
+  if (steps <= 8) {
+    check_tensor(c.operand, "operand", ScalarType::BFloat16, {heads, 2, steps / 4, rank, 64}, device);
+    check_contiguous(c.operand, name);
+    side.operand = data<const uint4>(c.operand);
+  }
   side.weight = data<const float>(c.weight);
   side.latent_mean = data<const float>(c.latent_mean);
   side.class_vector = data<const float>(c.class_vector);
@@ -62,16 +68,25 @@ void launch_few(StoreParams& p, int heads, const Launch& on) {
 template <typename T, int kSteps>
 void launch_many(StoreParams& p, int heads, const Launch& on) {
   const DeviceLimits& device = limits_of(on.device());
+  // One CTA per multiprocessor.
+  const int tiles = (p.num_tokens + kTile - 1) / kTile, per_head = std::max(2, device.multiprocessors / heads);
+  if constexpr (kSteps <= 8) {
+    const int bytes = stores_both(p, kSteps) ? both_tables(p, kSteps, true).end : device.shared_per_block + 1;
+    if (bytes <= device.shared_per_block) {
+      const dim3 grid(std::min((tiles + 3) / 4, std::max(1, device.multiprocessors / heads)), heads);
+      return launch_early(store_both_kernel<T, kSteps>, p, grid, 32 * many_warps(kSteps), bytes, on);
+    }
+  }
   int bytes[2] = {};
   for (const bool in_shared : {false, true}) {
     for (const StoreSide& side : p.side) {
       const bool halves = side.rotate && !p.rope.interleaved;
-      const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, halves, in_shared);
-      bytes[in_shared] = std::max(bytes[in_shared], l.bytes);
+      const StoreTables l =
+          store_tables(p.dim, kSteps, side.groups, side.period, halves, in_shared, many_scratch_bytes(kSteps));
+      bytes[in_shared] = std::max(bytes[in_shared], l.end);
     }
   }
-  // One CTA per multiprocessor; rotated keys take three products and a rotation where values take two.
-  const int tiles = (p.num_tokens + kTile - 1) / kTile, per_head = std::max(2, device.multiprocessors / heads);
+  // Rotated keys take three products and a rotation where values take two.
   const int keys = p.side[0].rotate ? (per_head * 9 + 8) / 16 : per_head / 2;
   p.key_ctas = std::min(tiles, std::max(1, keys));
   const int value_ctas = std::min(tiles, std::max(1, per_head - keys));

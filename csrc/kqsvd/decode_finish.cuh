@@ -140,7 +140,7 @@ struct FinishShared {
 // few that one alone would wait for its loads. The latent kernel had waited for everything before it when it let this one
 // start, so the query and the window's pages are there; its own results are waited for as late as possible.
 template <class Cf, int Parts>
-__global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 2) finish_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel(const __grid_constant__ DecodeParams p) {
   KQ_DYNAMIC_SHARED(shared);
   FinishShared<Cf, Parts>& s = *reinterpret_cast<FinishShared<Cf, Parts>*>(shared);
   constexpr int kBytes = sizeof(s.basis);

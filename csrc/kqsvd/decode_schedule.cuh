@@ -17,10 +17,12 @@ struct Cut {
   int units;  // of one virtual head
   int heads, num_ctas, late_ctas, late_units;
   int big, most, small_late;  // late CTAs of each head that is not big
+  int join_from;  // pieces of a request from which on a CTA joins its own
 
   __device__ Cut(const DecodeParams& p, int units)
       : units(units), heads(p.num_kv_heads * p.column_groups), num_ctas(p.num_ctas), late_ctas(p.late_ctas),
-        late_units(p.late_units), big(p.big_heads), most(p.most_ctas), small_late(0) {
+        late_units(p.late_units), big(p.big_heads), most(p.most_ctas), small_late(0),
+        join_from(p.join_from) {
     if (heads > num_ctas) return;
     const int small = heads - big;
     if (late_ctas == 0) return;
@@ -110,12 +112,13 @@ struct Cut {
     return {lo, static_cast<unsigned>(max(min(last, static_cast<int64_t>(units)) - lo, int64_t{0}))};
   }
   // Whether the warpgroups of a CTA join their results before these leave the multiprocessor: where a CTA serves one head,
-  // each of them has some of its units, and all are of one request.
+  // each of them has some of its units, all are of one request, and that is in so many pieces that a finishing block would
+  // ask for them in turns.
   template <int parts>
   __device__ bool joins(const Range& all, int unit_begin, int unit_end) const {
     const int begin = all.begin, size = all.size;
     return heads <= num_ctas && size >= parts && unit_begin <= begin && begin + size <= unit_end + kChangeUnits &&
-           all.end_of<parts>(parts - 1) < unit_end;
+           all.end_of<parts>(parts - 1) < unit_end && (unit_end - unit_begin) * parts >= join_from * size;
   }
   // CTAs that may hold units of `head`: cta_with(head, i) for i < num_with(head), in the order of their units.
   __device__ int num_with(int head) const {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Store of a prefill chunk: persistent CTAs of one side and head keep their tables in shared memory, and every warp
-// takes 16 tokens at a time from global memory to page bytes on its own: rows, operands, latents and codes stay in its
-// registers. Where the tables fit, the four warps of a warpgroup multiply together (wgmma), each its own 16 tokens. Wide
-// heads (d or R beyond 128) share 16 tokens between two warps, half of the groups each.
+// Store of a prefill chunk: persistent CTAs of a head keep their tables in shared memory, and every warp takes 16 tokens
+// at a time from global memory to page bytes on its own: rows, operands, latents and codes stay in its registers. Where
+// the tables fit, the four warps of a warpgroup multiply together (wgmma), each its own 16 tokens; where those of both
+// sides do, a CTA stores the values after the keys, else one side. Wide heads (d or R beyond 128) share 16 tokens between
+// two warps, half of the groups each.
 #pragma once
 
 #include "store_params.cuh"
@@ -16,19 +17,25 @@ constexpr int kWarpGroups = 8;  // channel groups of one warp
 __host__ __device__ constexpr int many_columns(int steps) { return steps > 8 ? 2 : 1; }
 __host__ __device__ constexpr int many_warps(int steps) { return steps > 8 ? 8 : 12; }
 
-// Offsets of the tables in dynamic shared memory; rows are padded so that the tokens of a warp hit different banks.
-// `halves`: chunks have their two parts half a row apart, so that neighbours lie 16 bytes apart, not 32.
-struct StoreManyLayout {
-  int mean_stride, class_stride, encode, mean, classes, weight, plan, partial, codes, bytes;
+// Dynamic shared memory begins with what warps leave for themselves and each other: codes, then parts of token scales.
+__host__ __device__ constexpr int many_codes_bytes(int steps) { return many_warps(steps) * kWarpGroups * 2 * 32 * 4; }
+__host__ __device__ constexpr int many_scratch_bytes(int steps) {
+  return many_codes_bytes(steps) + (many_columns(steps) > 1 ? many_warps(steps) * kTile * 8 : 0);
+}
+
+// Offsets of a side's tables behind that; rows are padded so that the tokens of a warp hit different banks. `halves`:
+// chunks have their two parts half a row apart, so that neighbours lie 16 bytes apart, not 32.
+struct StoreTables {
+  int mean_stride, class_stride, encode, mean, classes, weight, plan, end;
 };
 
-__host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps, int groups, int period, bool halves,
-                                                             bool tables_shared) {
-  StoreManyLayout l{};
-  const int rank = groups * kGroup, columns = many_columns(steps), warps = many_warps(steps);
+__host__ __device__ inline StoreTables store_tables(int dim, int steps, int groups, int period, bool halves,
+                                                    bool tables_shared, int begin) {
+  StoreTables l{};
+  const int rank = groups * kGroup;
   l.mean_stride = tables_shared ? rank + 8 : rank;
   l.class_stride = tables_shared ? (dim + 31) / 32 * 32 + (halves ? 16 : 4) : dim;
-  int at = 0;
+  int at = (begin + 1023) / 1024 * 1024;
   l.encode = at, at += many_wgmma(steps, tables_shared) ? 2 * wgmma_term_bytes(steps)
                        : tables_shared                  ? groups * steps * 1024
                                                         : 0;
@@ -36,10 +43,63 @@ __host__ __device__ inline StoreManyLayout store_many_layout(int dim, int steps,
   l.classes = at, at += tables_shared ? period * l.class_stride * 4 : 0;
   l.weight = at, at += 2 * rank * 4;
   l.plan = at, at += kPlanInts * 4;
-  l.partial = at, at += columns > 1 ? warps * kTile * 8 : 0;
-  l.codes = at, at += warps * kWarpGroups * 2 * 32 * 4;
-  l.bytes = at;
+  l.end = at;
   return l;
+}
+
+// Starts copies of a side's tables. All threads of the block; the tables are there after settle_tables().
+template <int kSteps, bool kShared>
+__device__ __forceinline__ void load_tables(const StoreSide& side, int dim, const StoreTables& l, char* memory) {
+  const int tid = threadIdx.x, head = blockIdx.y, rank = side.groups * kGroup;
+  if constexpr (kShared) {
+    if constexpr (many_wgmma(kSteps, kShared)) {
+      load_wgmma_image<kSteps>(memory + l.encode, side.operand + int64_t(head) * 4 * kSteps * rank, rank);
+    } else {
+      const uint4* encode = side.encode + int64_t(head) * side.groups * kSteps * 64;
+      for (int i = tid; i < side.groups * kSteps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
+    }
+    const float* means = side.latent_mean + int64_t(head) * 2 * side.period * rank;
+    for (int i = tid; i < side.period * rank / 4; i += blockDim.x) {
+      const int row = 4 * i / rank, c = 4 * i - row * rank;
+      copy_async_16(memory + l.mean + 4 * (row * l.mean_stride + c), means + 4 * i);
+    }
+    const float* classes = side.class_vector + int64_t(head) * side.period * dim;
+    for (int i = tid; i < side.period * dim / 4; i += blockDim.x) {
+      const int row = 4 * i / dim, c = 4 * i - row * dim;
+      copy_async_16(memory + l.classes + 4 * (row * l.class_stride + c), classes + 4 * i);
+    }
+  }
+  float* weights = reinterpret_cast<float*>(memory + l.weight);
+  int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
+  for (int i = tid; i < 2 * rank; i += blockDim.x) weights[i] = side.weight[head * 2 * rank + i];
+  for (int i = tid; i < side.plan_ints; i += blockDim.x) plan_ints[i] = side.plan[i];
+}
+
+__device__ __forceinline__ void settle_tables() {
+  copy_async_wait();
+  fence_for_wgmma();
+  __syncthreads();
+}
+
+// Tiles of 16 tokens that a warp stores: `tile`, then every `stride`-th, as long as `lead` is one of the step's. Warps that
+// meet have the same lead: those of a warpgroup that multiply together, or all where two share tokens.
+struct StoreWalk {
+  int lead, tile, stride;
+};
+
+// Of CTA `cta` of `ctas` that store a side. `rotated`: which warpgroup begins.
+template <int kSteps, bool kShared>
+__device__ __forceinline__ StoreWalk walk_of(int cta, int ctas, int rotated) {
+  constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps);
+  const int warp = uniform_warp_index(), pair = warp / kColumns;
+  if constexpr (many_wgmma(kSteps, kShared)) {
+    constexpr int kWarpgroups = kWarps / 4;
+    const int warpgroup = warp / 4 + (warp / 4 < rotated ? kWarpgroups - rotated : -rotated);
+    const int lead = 4 * (cta + warpgroup * ctas);
+    return {lead, lead + warp % 4, 4 * kWarpgroups * ctas};
+  }
+  const int tile = cta + pair * ctas;
+  return {kColumns > 1 ? cta : tile, tile, ctas * (kWarps / kColumns)};
 }
 
 // What is known of a row when the kernel is compiled: nothing, or that it has 16 kSteps elements and is not rotated
@@ -54,10 +114,11 @@ __device__ __forceinline__ Chunk chunk_at(int index, const RopeTurn& rope) {
 }
 
 // kFull: R = 16 kSteps too, so that every warp has the same number of groups.
+// `settle`: the tables are on their way, and none of the CTA's threads has waited for them.
 template <typename T, int kSteps, bool kShared, bool kSplit, Rows kRows, bool kFull>
-__device__ __forceinline__ void store_many_side(const StoreParams& p, const StoreSide& side, bool is_value, int first,
-                                                int ctas) {
-  constexpr int kColumns = many_columns(kSteps), kWarps = many_warps(kSteps), kPairs = kWarps / kColumns;
+__device__ __forceinline__ void store_tiles(const StoreParams& p, const StoreSide& side, bool is_value,
+                                            const StoreTables& l, StoreWalk walk, bool settle) {
+  constexpr int kColumns = many_columns(kSteps);
   constexpr bool kWgmma = many_wgmma(kSteps, kShared);
   constexpr int kChunks = kSteps / 2;
   constexpr int kMine = kFull || kWgmma ? kSteps / kColumns : kWarpGroups;  // groups of the warp, at most
@@ -66,41 +127,16 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
   const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
   const int groups = kFull ? kSteps : side.groups, rank = groups * kGroup, period = side.period;
   const int dim = kRows == Rows::kAny ? p.dim : 16 * kSteps;
-  const bool halves = kRows == Rows::kHalves || (kRows == Rows::kAny && side.rotate && !p.rope.interleaved);
-  const StoreManyLayout l = store_many_layout(dim, kSteps, groups, period, halves, kShared);
-
-  const uint4* encode = side.encode + int64_t(head) * groups * kSteps * 64;
   const float* global_means = side.latent_mean + int64_t(head) * 2 * period * rank;
-  const float* classes = side.class_vector + int64_t(head) * period * dim;
-  const float* means = global_means;
+  const uint4* encode = kShared ? reinterpret_cast<const uint4*>(memory + l.encode)
+                                : side.encode + int64_t(head) * groups * kSteps * 64;
+  const float* means = kShared ? reinterpret_cast<const float*>(memory + l.mean) : global_means;
+  const float* classes = kShared ? reinterpret_cast<const float*>(memory + l.classes)
+                                 : side.class_vector + int64_t(head) * period * dim;
   const float* biases = side.class_offset + head * period;
-  float* weights = reinterpret_cast<float*>(memory + l.weight);
-  int* plan_ints = reinterpret_cast<int*>(memory + l.plan);
-  if constexpr (kShared) {
-    if constexpr (kWgmma) {
-      load_wgmma_image<kSteps>(memory + l.encode, encode, groups);
-    } else {
-      for (int i = tid; i < groups * kSteps * 64; i += blockDim.x) copy_async_16(memory + l.encode + 16 * i, encode + i);
-    }
-    for (int i = tid; i < period * rank / 4; i += blockDim.x) {
-      const int row = 4 * i / rank, c = 4 * i - row * rank;
-      copy_async_16(memory + l.mean + 4 * (row * l.mean_stride + c), means + 4 * i);
-    }
-    for (int i = tid; i < period * dim / 4; i += blockDim.x) {
-      const int row = 4 * i / dim, c = 4 * i - row * dim;
-      copy_async_16(memory + l.classes + 4 * (row * l.class_stride + c), classes + 4 * i);
-    }
-    encode = reinterpret_cast<const uint4*>(memory + l.encode);
-    means = reinterpret_cast<const float*>(memory + l.mean);
-    classes = reinterpret_cast<const float*>(memory + l.classes);
-  }
-  for (int i = tid; i < 2 * rank; i += blockDim.x) weights[i] = side.weight[head * 2 * rank + i];
-  for (int i = tid; i < side.plan_ints; i += blockDim.x) plan_ints[i] = side.plan[i];
-  wait_for_previous_grid();
-  release_next_grid();
-
+  const float* weights = reinterpret_cast<const float*>(memory + l.weight);
   const T* x = static_cast<const T*>(side.x) + head * side.head_stride;
-  const int num_tiles = (p.num_tokens + kTile - 1) / kTile, stride = ctas * kPairs;
+  const int num_tiles = (p.num_tokens + kTile - 1) / kTile;
   StoreSlots next;
   const auto ask = [&](int tile) {  // slots of the tile's rows; the rows themselves on their way to L2
     const int n = tile * kTile + (lane & 15);
@@ -110,24 +146,20 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
       for (int at = 64 * (lane >> 4); at < dim; at += 128) prefetch_to_l2(row + at);
     }
   };
-  ask(first + pair * ctas);
-  copy_async_wait();
-  __syncthreads();
+  ask(walk.tile);
+  if (settle) settle_tables();
 
-  const PlanView plan{plan_ints};
+  const PlanView plan{reinterpret_cast<const int*>(memory + l.plan)};
   bool guards = false;  // groups with a guard weight
   for (int c = 0; lane < groups && c < kGroup; ++c) guards |= weights[2 * (kGroup * lane + c) + 1] > 0.f;
   const uint32_t guarded = __ballot_sync(0xffffffffu, guards);
-  auto* codes = reinterpret_cast<CodeWords<2>*>(memory + l.codes) + pair * kColumns * kWarpGroups * 32 + lane;
-  float2* partial = reinterpret_cast<float2*>(memory + l.partial) + pair * kColumns * kTile;
+  auto* codes = reinterpret_cast<CodeWords<2>*>(memory) + pair * kColumns * kWarpGroups * 32 + lane;
+  float2* partial = reinterpret_cast<float2*>(memory + many_codes_bytes(kSteps)) + pair * kColumns * kTile;
   RopeTurn rope = p.rope;
   if (kRows == Rows::kStraight || !side.rotate) rope.rotary_dim = 0;
   if constexpr (kRows == Rows::kHalves) rope.rotary_dim = dim, rope.interleaved = false;
-  // Warps that meet take the same number of turns: those of a warpgroup, or with two columns all; else each its own.
-  const int ahead = kColumns > 1 ? 0 : (kWgmma ? pair & ~3 : pair) * ctas;
   const uint64_t image = kWgmma ? wgmma_descriptor(memory + l.encode) : 0;
-  for (int base = first; base + ahead < num_tiles; base += stride) {
-    const int tile = base + pair * ctas;
+  for (int tile = walk.tile; tile + walk.lead - walk.tile < num_tiles; tile += walk.stride) {
     // Rows g and g + 8 of step k, in the order of the operand's registers; raw elements first, so that all loads are
     // under way together.
     uint32_t high[kSteps][4], low[kSplit ? kSteps : 1][4];
@@ -213,7 +245,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
     } else {
       split(std::false_type());
     }
-    ask(tile + stride);
+    ask(tile + walk.stride);
     bool sink[2];
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
@@ -356,25 +388,74 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, const Stor
 template <typename T, int kSteps, bool kShared>
 __global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
     store_many_kernel(const __grid_constant__ StoreParams p) {
+  extern __shared__ __align__(1024) char memory[];
   const int x = blockIdx.x;
   const bool is_value = x >= p.key_ctas;
   const StoreSide& side = p.side[is_value];
-  const int first = is_value ? x - p.key_ctas : x, ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
+  const int ctas = is_value ? gridDim.x - p.key_ctas : p.key_ctas;
+  const StoreWalk walk = walk_of<kSteps, kShared>(is_value ? x - p.key_ctas : x, ctas, 0);
+  const bool halves = side.rotate && !p.rope.interleaved;
+  const StoreTables l =
+      store_tables(p.dim, kSteps, side.groups, side.period, halves, kShared, many_scratch_bytes(kSteps));
+  load_tables<kSteps, kShared>(side, p.dim, l, memory);
+  wait_for_previous_grid();
+  release_next_grid();
   constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;  // of elements that are not rotated
   if constexpr (kShared && kSteps <= 8) {  // tables of wider heads hardly ever fit into shared memory
-    const bool turned = side.rotate && p.rope.rotary_dim == p.dim && !p.rope.interleaved, full = side.groups == kSteps;
+    const bool turned = side.rotate && p.rope.rotary_dim == p.dim && halves, full = side.groups == kSteps;
     if (p.dim == 16 * kSteps && turned) {
-      return full ? store_many_side<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, first, ctas)
-                  : store_many_side<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, first, ctas);
+      return full ? store_tiles<T, kSteps, kShared, true, Rows::kHalves, true>(p, side, is_value, l, walk, true)
+                  : store_tiles<T, kSteps, kShared, true, Rows::kHalves, false>(p, side, is_value, l, walk, true);
     }
     if (p.dim == 16 * kSteps && !side.rotate && full) {
-      return store_many_side<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, first, ctas);
+      return store_tiles<T, kSteps, kShared, kTwoTerms, Rows::kStraight, true>(p, side, is_value, l, walk, true);
     }
   }
   if (side.rotate || kTwoTerms) {
-    store_many_side<T, kSteps, kShared, true, Rows::kAny, false>(p, side, is_value, first, ctas);
+    store_tiles<T, kSteps, kShared, true, Rows::kAny, false>(p, side, is_value, l, walk, true);
   } else {
-    store_many_side<T, kSteps, kShared, false, Rows::kAny, false>(p, side, is_value, first, ctas);
+    store_tiles<T, kSteps, kShared, false, Rows::kAny, false>(p, side, is_value, l, walk, true);
+  }
+}
+
+// Whether a step's rows are what store_both_kernel is compiled for; its tables have to fit as well.
+inline bool stores_both(const StoreParams& p, int steps) {
+  const StoreSide& keys = p.side[0];
+  return steps <= 8 && p.dim == kTile * steps && keys.rotate && p.rope.rotary_dim == p.dim && !p.rope.interleaved;
+}
+
+// Its tables: keys', then values'.
+__host__ __device__ inline StoreTables both_tables(const StoreParams& p, int steps, bool is_value) {
+  const StoreTables keys = store_tables(p.dim, steps, p.side[0].groups, p.side[0].period, true, true, many_scratch_bytes(steps));
+  return is_value ? store_tables(p.dim, steps, p.side[1].groups, p.side[1].period, false, true, keys.end) : keys;
+}
+
+// Grid (CTAs of a head, heads). Warpgroups take 64 tokens in turn; values begin with those that had fewer keys.
+template <typename T, int kSteps>
+__global__ void __launch_bounds__(32 * many_warps(kSteps), 1)
+    store_both_kernel(const __grid_constant__ StoreParams p) {
+  extern __shared__ __align__(1024) char memory[];
+  constexpr int kWarpgroups = many_warps(kSteps) / 4;
+  constexpr bool kTwoTerms = !std::is_same<T, __nv_bfloat16>::value;
+  const StoreSide &keys = p.side[0], &values = p.side[1];
+  const StoreTables of_keys = both_tables(p, kSteps, false), of_values = both_tables(p, kSteps, true);
+  load_tables<kSteps, true>(keys, 16 * kSteps, of_keys, memory);
+  load_tables<kSteps, true>(values, 16 * kSteps, of_values, memory);
+  wait_for_previous_grid();
+  release_next_grid();
+  const int cta = blockIdx.x, ctas = gridDim.x;
+  const StoreWalk first = walk_of<kSteps, true>(cta, ctas, 0);
+  if (keys.groups == kSteps) {
+    store_tiles<T, kSteps, true, true, Rows::kHalves, true>(p, keys, false, of_keys, first, true);
+  } else {
+    store_tiles<T, kSteps, true, true, Rows::kHalves, false>(p, keys, false, of_keys, first, true);
+  }
+  const int taken = ((p.num_tokens + 63) / 64 - cta + ctas - 1) / ctas;  // of the CTA's groups of 64 tokens
+  const StoreWalk second = walk_of<kSteps, true>(cta, ctas, taken % kWarpgroups);
+  if (values.groups == kSteps) {
+    store_tiles<T, kSteps, true, kTwoTerms, Rows::kStraight, true>(p, values, true, of_values, second, false);
+  } else {
+    store_tiles<T, kSteps, true, kTwoTerms, Rows::kAny, false>(p, values, true, of_values, second, false);
   }
 }
 

@@ -21,6 +21,7 @@ struct StoreSide {
   const void* x;  // [N, H, d]
   int64_t token_stride, head_stride;
   const uint4* encode;        // [H][groups][steps][2 (high, low)][32 lanes]: B fragments of two n-tiles
+  const uint4* operand;       // [H][2][steps / 4][R][8]: the same for wgmma (store_project.cuh); null beyond 8 steps
   const float* weight;        // [H][R][2]: scale and guard weight
   const float* latent_mean;   // [H][2 (ordinary, sink)][period][R]
   const float* class_vector;  // [H][period][d]: 2 (sink - 0.3 mean)

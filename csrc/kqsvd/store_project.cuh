@@ -13,21 +13,15 @@ __host__ __device__ constexpr bool many_wgmma(int steps, bool tables_shared) { r
 __host__ __device__ constexpr int wgmma_span_bytes(int steps) { return 16 * steps * 128; }
 __host__ __device__ constexpr int wgmma_term_bytes(int steps) { return steps / 4 * wgmma_span_bytes(steps); }
 
-// B fragments (store_params.cuh) -> wgmma's operand: the row of a channel holds its k-steps in their order, 16-byte
-// parts of eight rows swizzled.
+// Starts copies of the operand, whose rows are the side's channels: k-steps in their order, 16-byte parts of eight rows
+// swizzled (cuda_tables.py, operand_image). All threads of the block; fence_for_wgmma() when they are done.
 template <int kSteps>
-__device__ __forceinline__ void load_wgmma_image(char* image, const uint4* fragments, int groups) {
-#pragma unroll 8  // loads under way together
-  for (int i = threadIdx.x; i < groups * kSteps * 64; i += blockDim.x) {
-    const uint4 w = __ldg(fragments + i);
-    const int g = i >> 2 & 7, t = i & 3, term = i >> 5 & 1, step = (i >> 6) % kSteps, group = (i >> 6) / kSteps;
-    char* row = image + term * wgmma_term_bytes(kSteps) + step / 4 * wgmma_span_bytes(kSteps) + 128 * (16 * group + g) +
-                4 * t;
-    const int part = 2 * (step & 3), lower = (part ^ g) * 16, upper = ((part + 1) ^ g) * 16;
-    *reinterpret_cast<uint32_t*>(row + lower) = w.x, *reinterpret_cast<uint32_t*>(row + upper) = w.y;
-    *reinterpret_cast<uint32_t*>(row + 1024 + lower) = w.z, *reinterpret_cast<uint32_t*>(row + 1024 + upper) = w.w;
+__device__ __forceinline__ void load_wgmma_image(char* image, const uint4* operand, int rank) {
+#pragma unroll
+  for (int span = 0; span < kSteps / 2; ++span) {
+    for (int i = threadIdx.x; i < 8 * rank; i += blockDim.x)
+      copy_async_16(image + span * wgmma_span_bytes(kSteps) + 16 * i, operand + span * 8 * rank + i);
   }
-  fence_for_wgmma();
 }
 
 // Latents of the warpgroup's rows: u[8 group + 4 n-tile + register].

@@ -25,22 +25,29 @@ void launch_guarded(Kernel kernel, const Params& params, dim3 grid, int threads,
 }
 
 template <typename T, int kSteps>
-void emulate_store_steps(StoreParams& p, int heads, bool many, int ctas, bool in_shared) {
+void emulate_store_steps(StoreParams& p, int heads, int many, int ctas, bool in_shared) {
   const int tiles = (p.num_tokens + kTile - 1) / kTile, groups = std::max(p.side[0].groups, p.side[1].groups);
   if (!many) {
     const dim3 grid(2 * tiles, heads);
     launch_guarded(store_few_kernel<T, kSteps, 1>, p, grid, 32 * groups, sizeof(StoreFewShared<kSteps>));
     return;
   }
+  constexpr int kThreads = 32 * many_warps(kSteps);
+  if constexpr (kSteps <= 8) {
+    if (many == 1 && in_shared && stores_both(p, kSteps)) {
+      const dim3 grid(std::min((tiles + 3) / 4, ctas), heads);
+      return launch_guarded(store_both_kernel<T, kSteps>, p, grid, kThreads, both_tables(p, kSteps, true).end);
+    }
+  }
   p.key_ctas = std::min(tiles, ctas);
   size_t shared = 0;
   for (const StoreSide& side : p.side) {
     const bool halves = side.rotate && !p.rope.interleaved;
-    const StoreManyLayout l = store_many_layout(p.dim, kSteps, side.groups, side.period, halves, in_shared);
-    shared = std::max<size_t>(shared, l.bytes);
+    const StoreTables l =
+        store_tables(p.dim, kSteps, side.groups, side.period, halves, in_shared, many_scratch_bytes(kSteps));
+    shared = std::max<size_t>(shared, l.end);
   }
   const dim3 grid(2 * p.key_ctas, heads);
-  constexpr int kThreads = 32 * many_warps(kSteps);
   if (in_shared) {
     launch_guarded(store_many_kernel<T, kSteps, true>, p, grid, kThreads, shared);
   } else {
@@ -49,7 +56,7 @@ void emulate_store_steps(StoreParams& p, int heads, bool many, int ctas, bool in
 }
 
 template <typename T>
-void emulate_store_dtype(StoreParams& p, int heads, int steps, bool many, int ctas, bool in_shared) {
+void emulate_store_dtype(StoreParams& p, int heads, int steps, int many, int ctas, bool in_shared) {
   switch (steps) {
     case 4: return emulate_store_steps<T, 4>(p, heads, many, ctas, in_shared);
     case 8: return emulate_store_steps<T, 8>(p, heads, many, ctas, in_shared);
@@ -112,7 +119,8 @@ extern "C" {
 size_t store_params_size() { return sizeof(kqsvd::StoreParams); }
 size_t dequantize_params_size() { return sizeof(kqsvd::DequantizeParams); }
 
-void store(kqsvd::StoreParams* p, int heads, bool bf16, int steps, bool many, int ctas, bool in_shared) {
+// many: 0 for few tokens, 1 for many, 2 for many with one side a CTA where both would fit.
+void store(kqsvd::StoreParams* p, int heads, bool bf16, int steps, int many, int ctas, bool in_shared) {
   const kqsvd::Inputs inputs(*p, heads);
   if (bf16) {
     kqsvd::emulate_store_dtype<__nv_bfloat16>(*p, heads, steps, many, ctas, in_shared);

@@ -47,7 +47,7 @@ class Turn(ctypes.Structure):
 
 class StoreSide(ctypes.Structure):
     _fields_ = [("x", P), ("token_stride", I64), ("head_stride", I64)]
-    _fields_ += [(n, P) for n in ("encode", "weight", "latent_mean", "class_vector", "class_offset", "plan")]
+    _fields_ += [(n, P) for n in ("encode", "operand", "weight", "latent_mean", "class_vector", "class_offset", "plan")]
     _fields_ += [("plan_ints", I32), ("groups", I32), ("period", I32), ("rotate", ctypes.c_bool)]
 
 
@@ -143,11 +143,11 @@ def run_store(lib, codec, key, value, pages, slots, positions, block_size, windo
     p.block_shift, p.window_shift = log2_of(block_size), log2_of(p.window_block_size)
     p.block_size, p.tiles_per_block, p.tile_bytes = block_size, block_size // TILE, tables.tile_bytes
     bf16 = key.dtype == torch.bfloat16
-    shape = (tables.k.encode.shape[2], how.get("many", False), how.get("ctas", 1), how.get("in_shared", True))
+    shape = (tables.k.encode.shape[2], int(how.get("many", 0)), how.get("ctas", 1), how.get("in_shared", True))
     lib.store(ctypes.byref(p), heads, bf16, *shape)
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [0, 1, 2], ids=["few", "many", "one side a CTA"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_store_equals_reference(emulated, case, many):
     codec = case.codec()
@@ -178,7 +178,7 @@ def test_store_equals_reference(emulated, case, many):
     assert_pages_close(pages, expected, rows, exact64, case.block_size)
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [0, 1, 2], ids=["few", "many", "one side a CTA"])
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_store_of_outliers_equals_reference(emulated, case, many):
     codec = case.codec()

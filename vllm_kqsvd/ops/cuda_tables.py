@@ -87,6 +87,22 @@ def encode_image(encode: torch.Tensor, order: torch.Tensor, steps: int) -> torch
     return x.reshape(heads, rank // 16, steps, 2, 32, 8).contiguous()
 
 
+def operand_image(fragments: torch.Tensor) -> torch.Tensor:
+    """`encode_image` [H, R / 16, steps, 2, 32, 8] -> [H, 2, steps / 4, R, 64] bf16: the B operand of `wgmma`.
+
+    A channel's row holds its k-steps in their order, in spans of 64 elements; the 16-byte parts of a row are swizzled by
+    its number (128-byte swizzle). Empty beyond 8 steps, where the kernels do not use it.
+    """
+    heads, groups, steps = fragments.shape[:3]
+    if steps > 8:
+        return fragments.new_zeros(0)
+    x = fragments.view(heads, groups, steps // 4, 4, 2, 8, 4, 2, 2, 2)  # span, step, term, g, t, tile, half, element
+    x = x.permute(0, 4, 2, 1, 7, 5, 3, 8, 6, 9).reshape(heads, 2, steps // 4, 16 * groups, 8, 8)
+    row = torch.arange(16 * groups, device=x.device)[:, None]
+    part = torch.arange(8, device=x.device) ^ (row % 8)
+    return x[:, :, :, row, part].reshape(heads, 2, steps // 4, 16 * groups, 64).contiguous()
+
+
 def decode_image(decode: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """decode [H, R, d], order [d / 8, 8] -> (fp16 B fragments over the unit, unit [H], a power of two).
 
@@ -125,6 +141,7 @@ class SideTables:
     """Constants of one side; shapes in csrc/store_latent.cu and csrc/dequantize.cu."""
 
     encode: torch.Tensor
+    operand: torch.Tensor
     weight: torch.Tensor
     latent_mean: torch.Tensor
     class_vector: torch.Tensor
@@ -139,7 +156,7 @@ class SideTables:
     @property
     def encoder(self) -> tuple[torch.Tensor, ...]:
         """Arguments of store_latent."""
-        return (self.encode, self.weight, self.latent_mean, self.class_vector, self.class_offset, self.plan)
+        return (self.encode, self.operand, self.weight, self.latent_mean, self.class_vector, self.class_offset, self.plan)
 
     @property
     def decoder(self) -> tuple[torch.Tensor | int, ...]:
@@ -153,8 +170,10 @@ def side_tables(side: SideCodec, layout: LatentLayout, name: str, order: torch.T
     mean = torch.einsum("pm,hcmd->hcpd", side.mean_basis.double(), both)
     ordinary, sink = mean.unbind(1)
     image, unit = decode_image(side.decode, order)
+    fragments = encode_image(side.encode, order, steps)
     return SideTables(
-        encode=encode_image(side.encode, order, steps),
+        encode=fragments,
+        operand=operand_image(fragments),
         weight=torch.stack((side.scale_weight, side.guard_weight), -1).float().contiguous(),
         latent_mean=torch.einsum("hcpd,hdr->hcpr", mean, side.encode.double()).float().contiguous(),
         class_vector=(2 * (sink - SINK_RATIO * ordinary)).float().contiguous(),
