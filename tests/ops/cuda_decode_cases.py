@@ -149,6 +149,8 @@ CASES = {
     "empty rows": Case(lengths=(300, 0, 900, 0), query_lens=(1, 1, 1, 0)),
     "no window": Case(window=0, lengths=(1, 5, 333, 1024)),
     "long": Case(lengths=(20000,)),
+    "warpgroups join": Case(lengths=(20000, 19000), kv_heads=8),
+    "warpgroups join, few blocks": Case(lengths=(30000, 20000, 200)),
     "fp16": Case(dtype=torch.float16),
     "blocks of 16": Case(block_size=16, window_block_size=16),
     "blocks of 32": Case(block_size=32),
