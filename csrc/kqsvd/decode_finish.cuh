@@ -4,9 +4,46 @@
 // nothing of theirs, fills the multiprocessors that they leave.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_output.cuh"
 
 namespace kqsvd::decode {
+
+// Leaves the two halves of the record of (request, virtual head) in `record`; its rows are those of the output's tiles
+// (output_dim). 128 threads; ends with a barrier.
+template <class Cf>
+__device__ __forceinline__ void attend_window(float* record, float* exchange, const DecodeParams& p, const Request& r,
+                                              int request, int head, int column0, int warp, int lane) {
+  constexpr int warpgroup = 0, Q = Cf::D / 32;
+  const uint16_t* query = query_of_lane<Cf>(p, r.row, r.num_rows, head, column0, lane);
+  uint4 q[Q];
+#pragma unroll
+  for (int k = 0; k < Q; ++k) q[k] = query ? *reinterpret_cast<const uint4*>(query + 32 * k) : make_uint4(0, 0, 0, 0);
+  float o[2 * Q][4];
+  Sums s;
+  const auto attend = [&](auto bf16) {
+    WindowSums<Cf, bf16> sums(o, s);
+#pragma unroll 1
+    for (int start = r.last + 16 * warp; start < r.length; start += 64) {
+      const unsigned size = p.window_block_size, at = start;
+      const int block = p.window_table[request * p.window_table_stride + at / size];
+      WindowRows<Cf> keys, values;
+      keys.load_keys(p, block, head, at % size, r.length - 1 - start, lane);
+      values.load_values(p, block, head, at % size, r.length - 1 - start, lane);
+      float x[4];
+      sums.scores(x, keys, [&](int k) { return q[k]; });
+      sums.probabilities(x, p, r.length - 1 - start, r.length - r.p0, column0, lane);
+      sums.add(x, values);
+    }
+  };
+  if (p.is_bf16)
+    attend(std::true_type{});
+  else
+    attend(std::false_type{});
+  auto row = [&](int i, int y) { return 16 * i + 8 * y + (lane >> 2); };
+  merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, row, warp, warpgroup, lane);
+}
 
 // What a lane needs for its part of the output and can know early. Its rows of the means are of the 16-row tiles warp,
 // warp + Warps, ...; its columns are 2t, 2t + 1.

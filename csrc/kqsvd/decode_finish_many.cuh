@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The second kernel of a decode layer where requests are many: a warp finishes a request and virtual head alone, one after
-// another, and shares nothing with other warps but the constants of the head. Latencies of one warp are then hidden by the
-// others of a multiprocessor, which never wait for each other, and constants are loaded once.
+// The second kernel of a decode layer where requests are many: a warp finishes a request and virtual head alone, one
+// after another, and shares nothing with other warps but the constants of the head. Latencies of one warp are then
+// hidden by the others of a multiprocessor, which never wait for each other, and constants are loaded once.
 #pragma once
-
-#include <cstddef>
 
 #include "decode_output.cuh"
 
 namespace kqsvd::decode {
 
+// What a warp knows of its request is in shared memory: registers are full of the window's pages.
 template <class Cf>
 struct FinishManyShared {
   struct Warp {
     alignas(16) float latent[Cf::kRecord];  // before that: the query, as its lanes need it
+    Request row, next;
+    int entries[32];  // of the window table
     uint16_t list[kMaxPieces];
   };
   static_assert(Cf::D * 16 <= Cf::kRecord * 4);
@@ -23,67 +24,73 @@ struct FinishManyShared {
   uint64_t loaded;  // mbarrier of basis and means
 };
 
-// A request's row of the table, a field a lane: one register while a warp is at work elsewhere. All 0 behind the last one.
-struct RequestRow {
-  int field;
-
-  __device__ __forceinline__ RequestRow(const DecodeParams& p, int request, int lane)
-      : field(lane < sizeof(Request) / 4 && request < p.num_requests
-                  ? reinterpret_cast<const int*>(p.requests + request)[lane]
-                  : 0) {}
-  __device__ __forceinline__ int get(size_t offset) const { return __shfl_sync(~0u, field, static_cast<int>(offset / 4)); }
-};
-
-// Entries of a request's window table from block `first` on, an entry a lane.
-__device__ __forceinline__ int window_entries(const DecodeParams& p, int request, int first, int length, int lane) {
+// A lane's entry of a request's window table, counted from block `first`.
+__device__ __forceinline__ int window_entry(const DecodeParams& p, int request, const Request& r, int first, int lane) {
   const int block = first + lane;
-  return block * p.window_block_size < length ? p.window_table[request * p.window_table_stride + block] : 0;
+  return r.num_rows > 0 && block * p.window_block_size < r.length
+             ? p.window_table[request * p.window_table_stride + block]
+             : 0;
 }
 
-// The output of a request and virtual head by one warp. `o`: the window's accumulators, in the order of the basis' rows, with
-// sum p and maximum of columns 2t, 2t + 1 in all lanes.
-template <class Cf>
-__device__ __forceinline__ void write_whole_output(const FinishManyShared<Cf>& s, const float* latent,
-                                                   const float (&o)[Cf::D / 16][4], const Sums& sums, float factor,
-                                                   uint16_t* to, int is_bf16, int lane) {
-  const int g = lane >> 2, from = g % Cf::C >> 1;  // a lane that has column g % C
-  const float l[2] = {__shfl_sync(~0u, sums.p[0], from), __shfl_sync(~0u, sums.p[1], from)};
-  const float m[2] = {__shfl_sync(~0u, sums.max[0], from), __shfl_sync(~0u, sums.max[1], from)};
-  const bool odd = g & 1;
-  const LatentPart<Cf> part(latent, odd ? l[1] : l[0], odd ? m[1] : m[0], lane);
+// The window of a warp's request. While values of a chunk are added the next one's keys are on their way, and while its
+// scores are computed its values: the registers of a chunk, and no more, keep loads in flight nearly all the time.
+template <class Cf, bool Bf16>
+__device__ __forceinline__ void attend_alone(float (&o)[Cf::D / 16][4], Sums& sums,
+                                             typename FinishManyShared<Cf>::Warp& w, const DecodeParams& p, int request,
+                                             int head, int column0, int lane) {
+  constexpr int Q = Cf::D / 32;
+  WindowSums<Cf, Bf16> window(o, sums);
+  int left = w.row.length - 1 - w.row.last;
+  if (w.row.num_rows == 0 || left < 0) return;
+  int offset = w.row.last % p.window_block_size, index = 0;
+  uint4* query = reinterpret_cast<uint4*>(w.latent) + lane;  // vector k at 32 k
+  uint4 q[Q];
+  WindowRows<Cf> keys, values;
+  const uint16_t* from = query_of_lane<Cf>(p, w.row.row, w.row.num_rows, head, column0, lane);
 #pragma unroll
-  for (int i = 0; i < Cf::D / 32; ++i) {
-    uint32_t words[4];
+  for (int k = 0; k < Q; ++k) q[k] = from ? *reinterpret_cast<const uint4*>(from + 32 * k) : make_uint4(0, 0, 0, 0);
+  keys.load_keys(p, w.entries[0], head, offset, left, lane);
+  values.load_values(p, w.entries[0], head, offset, left, lane);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int tile = 2 * i + h;
-      float mean[2], sink[2], x[4];
-#pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        const float* at = s.mean + output_dim(tile, y, g);
-        mean[y] = at[0], sink[y] = at[Cf::D];
+  for (int k = 0; k < Q; ++k) query[32 * k] = q[k];
+#pragma unroll 1
+  for (;;) {
+    __syncwarp();  // what is in shared memory is read where it is needed
+    float x[4];
+    window.scores(x, keys, [&](int k) { return query[32 * k]; });
+    left -= 16;
+    if (left >= 0) {
+      offset += 16;
+      if (offset == p.window_block_size) {
+        offset = 0;
+        if (++index == 32) {
+          index = 0;
+          __syncwarp();
+          w.entries[lane] = window_entry(p, request, w.row, (w.row.length - 1 - left) / p.window_block_size, lane);
+          __syncwarp();
+        }
       }
-      part.tile(x, s.basis + tile * Cf::GV * 32, factor, mean, sink, o[tile], lane);
-      // Lanes g, g ^ 1 have every other dimension of two columns; afterwards each has all of one.
-      const uint32_t even_column = pack_output(is_bf16, x[0], x[2]), odd_column = pack_output(is_bf16, x[1], x[3]);
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? even_column : odd_column, 4);
-      const uint32_t low = odd ? other : even_column, high = odd ? odd_column : other;
-      words[2 * h] = __byte_perm(low, high, 0x5410), words[2 * h + 1] = __byte_perm(low, high, 0x7632);
+      keys.load_keys(p, w.entries[index], head, offset, left, lane);
     }
-    if (to) *reinterpret_cast<uint4*>(to + 32 * i + 8 * (g >> 1)) = make_uint4(words[0], words[1], words[2], words[3]);
+    window.probabilities(x, p, left + 16, w.row.length - w.row.p0, column0, lane);
+    window.add(x, values);
+    if (left < 0) break;
+    values.load_values(p, w.entries[index], head, offset, left, lane);
   }
 }
 
-// Grid: virtual heads x p.finish_blocks; 128 threads. As finish_kernel it may start while latent CTAs are still at work: the
-// window of a warp's first request comes before their results are waited for. `out` is written in 16-byte vectors.
+// Grid: virtual heads x p.finish_blocks; 128 threads. As finish_kernel it may start while latent CTAs are still at
+// work: the window of a warp's first request comes before their results are waited for. `out` is written in 16-byte
+// vectors.
 template <class Cf>
 __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_constant__ DecodeParams p) {
   KQ_DYNAMIC_SHARED(shared);
   FinishManyShared<Cf>& s = *reinterpret_cast<FinishManyShared<Cf>*>(shared);
-  constexpr int Q = Cf::D / 32, kBasis = sizeof(s.basis), kMean = sizeof(s.mean);
+  constexpr int kBasis = sizeof(s.basis), kMean = sizeof(s.mean);
+  static_assert(4 * (sizeof(s) + 1024) <= 228 << 10, "four blocks share a multiprocessor");
   const uint32_t loaded = shared_address(&s.loaded);
   const int vh = blockIdx.x, head = vh / p.column_groups, column0 = (vh - head * p.column_groups) * Cf::C;
-  const int warp = uniform_warp_index(), lane = threadIdx.x & 31, t = lane & 3;
+  const int warp = uniform_warp_index(), lane = threadIdx.x & 31;
   release_next_grid_early();  // see finish_kernel
   if (threadIdx.x == 0) {
     mbarrier_init(loaded, 1);
@@ -92,78 +99,65 @@ __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_consta
     bulk_copy(shared_address(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBasis / 16), kBasis, loaded);
     bulk_copy(shared_address(s.mean), p.value_mean + head * 2 * Cf::D, kMean, loaded);
   }
-  float* latent = s.warps[warp].latent;
-  uint4* query = reinterpret_cast<uint4*>(latent) + lane;  // vector k at 32 k
-  uint16_t* list = s.warps[warp].list;
-  int request = blockIdx.y + gridDim.y * warp;  // those that have one more than others are spread over all blocks
-  RequestRow row(p, request, lane);
-  const int total = p.requests[p.num_requests].unit_begin;
-  int entry = window_entries(p, request, row.get(offsetof(Request, last)) / p.window_block_size,
-                             row.get(offsetof(Request, length)), lane);
-  __syncthreads();  // the mbarrier is there
-  bool first = true;
-#pragma unroll 1
-  do {
-    const int next = request + 4 * gridDim.y;
-    const RequestRow next_row(p, next, lane);
-    const int num_rows = row.get(offsetof(Request, num_rows));
-    const int last = row.get(offsetof(Request, last)), length = num_rows > 0 ? row.get(offsetof(Request, length)) : 0;
-    {
-      const uint16_t* from = query_of_lane<Cf>(p, row.get(offsetof(Request, row)), num_rows, head, column0, lane);
-#pragma unroll
-      for (int k = 0; k < Q; ++k) {
-        if (from) copy_async_16(query + 32 * k, from + 32 * k);
-        else query[32 * k] = make_uint4(0, 0, 0, 0);
-      }
-    }
-    const int p0 = row.get(offsetof(Request, p0));
-    const int position[2] = {p0 + (column0 + 2 * t) / p.heads_per_kv, p0 + (column0 + 2 * t + 1) / p.heads_per_kv};
-    float o[2 * Q][4];
-#pragma unroll
-    for (int i = 0; i < 2 * Q; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    Sums sums{{kEmptyMax, kEmptyMax}, {0.f, 0.f}, {0.f, 0.f}, {0.f, 0.f}};
-    int offset = last % p.window_block_size, index = 0;  // of a chunk in its block, of that block's entry
-#pragma unroll 1
-    for (int start = last; start < length; start += 16) {
-      const WindowChunk<Cf> chunk(p, __shfl_sync(~0u, entry, index), head, offset, length - 1 - start, lane);
-      copy_async_wait();  // the query, asked for before the first chunk
-      attend_chunk<Cf>(o, sums, chunk, [&](int k) { return query[32 * k]; }, p, start, length, position, lane);
-      offset += 16;
-      if (offset == p.window_block_size) {
-        offset = 0;
-        if (++index == 32) {
-          index = 0;
-          entry = window_entries(p, request, (start + 16) / p.window_block_size, length, lane);
-        }
-      }
-    }
+  auto& w = s.warps[warp];
+  const auto ask = [&](int request) {  // for its row; behind the last request there is an empty one
+    if (lane < 2)
+      copy_async_16(reinterpret_cast<uint4*>(&w.next) + lane,
+                    reinterpret_cast<const uint4*>(p.requests + min(request, p.num_requests)) + lane);
+  };
+  const auto entry_of_next = [&](int request) {
     copy_async_wait();
-    entry = window_entries(p, next, next_row.get(offsetof(Request, last)) / p.window_block_size,
-                           next_row.get(offsetof(Request, length)), lane);
-    const int unit_begin = row.get(offsetof(Request, unit_begin)), unit_end = row.get(offsetof(Request, unit_end));
-    const bool has_latent = row.get(offsetof(Request, first)) < last;
-    const int pieces =
-        has_latent ? list_pieces<Cf>(list, Cut(p, total), p.max_phases, vh, unit_begin, unit_end, lane) : 0;
-    if (first) {
+    __syncwarp();
+    return window_entry(p, request, w.next, w.next.last / p.window_block_size, lane);
+  };
+  const auto take_next = [&](int entry) {
+    w.entries[lane] = entry;
+    if (lane < 8) reinterpret_cast<int*>(&w.row)[lane] = reinterpret_cast<const int*>(&w.next)[lane];
+    __syncwarp();
+  };
+  const int begin = blockIdx.y + gridDim.y * warp;  // warps that have one more than others are in all blocks
+  ask(begin);
+  take_next(entry_of_next(begin));
+  __syncthreads();  // the mbarrier is there
+#pragma unroll 1
+  for (int request = begin;;) {
+    const int next = request + 4 * gridDim.y;
+    ask(next);
+    float o[Cf::D / 16][4];
+    Sums sums;
+    if (p.is_bf16)
+      attend_alone<Cf, true>(o, sums, w, p, request, head, column0, lane);
+    else
+      attend_alone<Cf, false>(o, sums, w, p, request, head, column0, lane);
+    const int entry = entry_of_next(next);
+    const Request r = w.row;
+    const bool has_latent = r.first < r.last;
+    int pieces = 0;
+    if (has_latent) {
+      const Cut cut(p, p.requests[p.num_requests].unit_begin);
+      pieces = list_pieces<Cf>(w.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
+    }
+    if (request == begin) {
       mbarrier_wait(loaded, 0);
       wait_for_previous_grid();
-      first = false;
     }
-    if (num_rows > 0) {
+    if (r.num_rows > 0) {
       __syncwarp();  // the list is there, and nobody needs the query any more
       const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;
       const auto record = [&](int i) {
-        return pieces == 0 ? whole : p.partials + static_cast<int64_t>(list[i]) * Cf::kRecord;
+        return pieces == 0 ? whole : p.partials + static_cast<int64_t>(w.list[i]) * Cf::kRecord;
       };
-      merge_records<Cf, 32>(latent, nullptr, record, !has_latent ? 0 : max(pieces, 1), lane);
+      merge_records<Cf, 32>(w.latent, nullptr, record, !has_latent ? 0 : max(pieces, 1), lane);
       Sums::add_up(sums.p);
-      uint16_t* to = output_row<Cf>(p, row.get(offsetof(Request, row)), num_rows, head, column0, 2 * t + (lane >> 2 & 1));
-      write_whole_output<Cf>(s, latent, o, sums, p.value_factor[head], to, p.is_bf16, lane);
+      const int column = 2 * (lane & 3) + (lane >> 2 & 1);  // as write_whole_output deals them
+      uint16_t* to = output_row<Cf>(p, r.row, r.num_rows, head, column0, column);
+      write_whole_output<Cf>(w.latent, s.basis, s.mean, o, sums, p.value_factor[head], to, p.is_bf16, lane);
     }
     __syncwarp();  // the next query comes where the record was
-    row = next_row;
+    take_next(entry);
     request = next;
-  } while (request < p.num_requests);
+    if (request >= p.num_requests) break;
+  }
 }
 
 }  // namespace kqsvd::decode

@@ -34,8 +34,8 @@ __device__ __forceinline__ float lower_fields(const float* sums, int channel, in
   return sum;
 }
 
-// What a warp needs of the latent part for any rows of the output: operands of the value product, sums and weights of columns
-// 2t, 2t + 1 in lane (g, t).
+// What a warp needs of the latent part for any rows of the output: operands of the value product, sums and weights of
+// columns 2t, 2t + 1 in lane (g, t).
 template <class Cf>
 struct LatentPart {
   uint32_t b[Cf::GV][2];
@@ -73,7 +73,8 @@ struct LatentPart {
     }
   }
 
-  // Rows g, g + 8 of a 16-row tile. basis: its A fragments [groups][32]; mean, sink: of its two rows; exact: the window's.
+  // Rows g, g + 8 of a 16-row tile. basis: its A fragments [groups][32]; mean, sink: of its two rows; exact: the
+  // window's.
   __device__ __forceinline__ void tile(float (&x)[4], const uint4* basis, float factor, const float (&mean)[2],
                                        const float (&sink)[2], const float (&exact)[4], int lane) const {
     float o[4] = {0.f, 0.f, 0.f, 0.f};
@@ -97,13 +98,48 @@ __device__ __forceinline__ uint32_t pack_output(int is_bf16, float x, float y) {
 
 // Where a column's row of the output is; null where there is none.
 template <class Cf>
-__device__ __forceinline__ uint16_t* output_row(const DecodeParams& p, int first_row, int num_rows, int head, int column0,
-                                                int column) {
+__device__ __forceinline__ uint16_t* output_row(const DecodeParams& p, int first_row, int num_rows, int head,
+                                                int column0, int column) {
   int row = 0, query_head = column0 + column % Cf::C;
   for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
   uint16_t* to = static_cast<uint16_t*>(p.out) + (first_row + row) * p.out_token_stride +
                  (head * p.heads_per_kv + query_head) * p.out_head_stride;
   return column >= Cf::C || row >= num_rows ? nullptr : to;
+}
+
+// The output of a request and virtual head by one warp. `o`: the window's accumulators, rows in the order of the basis;
+// `sums`: sum p and maximum of columns 2t, 2t + 1 in all lanes. `means`: mean, sink minus mean; it, `latent` and
+// `basis` in shared memory. `to`: row of column 2t + g % 2, null where there is none.
+template <class Cf>
+__device__ __forceinline__ void write_whole_output(const float* latent, const uint4* basis, const float* means,
+                                                   const float (&o)[Cf::D / 16][4], const Sums& sums, float factor,
+                                                   uint16_t* to, int is_bf16, int lane) {
+  const int g = lane >> 2, from = g % Cf::C >> 1;  // a lane that has column g % C
+  const float l[2] = {__shfl_sync(~0u, sums.p[0], from), __shfl_sync(~0u, sums.p[1], from)};
+  const float m[2] = {__shfl_sync(~0u, sums.max[0], from), __shfl_sync(~0u, sums.max[1], from)};
+  const bool odd = g & 1;
+  const LatentPart<Cf> part(latent, odd ? l[1] : l[0], odd ? m[1] : m[0], lane);
+#pragma unroll
+  for (int i = 0; i < Cf::D / 32; ++i) {
+    uint32_t words[4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int tile = 2 * i + h;
+      float mean[2], sink[2], x[4];
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        const float* at = means + output_dim(tile, y, g);
+        mean[y] = at[0], sink[y] = at[Cf::D];
+      }
+      part.tile(x, basis + tile * Cf::GV * 32, factor, mean, sink, o[tile], lane);
+      // Lanes g, g ^ 1 have every other dimension of two columns; afterwards each has all of one.
+      const uint32_t even_column = pack_output(is_bf16, x[0], x[2]), odd_column = pack_output(is_bf16, x[1], x[3]);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? even_column : odd_column, 4);
+      const uint32_t low = odd ? other : even_column, high = odd ? odd_column : other;
+      words[2 * h] = __byte_perm(low, high, 0x5410), words[2 * h + 1] = __byte_perm(low, high, 0x7632);
+    }
+    if (to) *reinterpret_cast<uint4*>(to + 32 * i + 8 * (g >> 1)) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 }  // namespace kqsvd::decode
