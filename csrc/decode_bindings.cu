@@ -99,6 +99,8 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
     check_tensor(w, "window_pages", dtype, {kAny, p.num_kv_heads, kAny, 2 * query.size(2)}, device);
     kqsvd::check_vectors(w, "window_pages");
     STD_TORCH_CHECK(window_table.has_value(), "window_pages without window_table");
+    STD_TORCH_CHECK(w.size(2) % 16 == 0, "window blocks must hold a multiple of 16 positions");
+    STD_TORCH_CHECK(w.stride(0) < (int64_t{1} << 31), "window blocks must lie less than 4 GiB apart");
     check_tensor(*window_table, "window_table", ScalarType::Int, {kAny, kAny}, device);
     STD_TORCH_CHECK(window_table->size(0) >= num_requests && window_table->stride(1) == 1, "window_table is too small");
     p.window_pages = w.data_ptr();
@@ -134,6 +136,10 @@ void decode(const Tensor query, Tensor out, const Tensor pages, const Tensor blo
   const Grid grid = grid_of(kqsvd::limits_of(device).multiprocessors, static_cast<int>(virtual_heads), p.num_requests);
   p.num_ctas = grid.num_ctas, p.finish_parts = grid.finish_parts;
   p.join_from = p.finish_parts == 1 ? kJoinFrom : kJoinFromFew;
+  // A warp that finishes a request alone writes vectors of 16 bytes.
+  const bool vectors =
+      reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.out_token_stride % 8 == 0 && p.out_head_stride % 8 == 0;
+  p.finish_blocks = vectors ? grid.finish_blocks : 0;
   p.most_ctas = static_cast<int>((p.num_ctas + virtual_heads - 1) / virtual_heads);
   p.big_heads = static_cast<int>(p.num_ctas - (p.most_ctas - 1) * virtual_heads);
   p.late_ctas = grid.late_ctas, p.late_units = kLateBytes / instance.unit_bytes;

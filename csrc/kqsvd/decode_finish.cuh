@@ -4,35 +4,45 @@
 // nothing of theirs, fills the multiprocessors that they leave.
 #pragma once
 
-#include "decode_window.cuh"
+#include <type_traits>
+
+#include "decode_output.cuh"
 
 namespace kqsvd::decode {
 
-// Weights of the latent and the exact part of a column in the normalised output; both 0 where nothing was visible.
+// Leaves the two halves of the record of (request, virtual head) in `record`; its rows are those of the output's tiles
+// (output_dim). 128 threads; ends with a barrier.
 template <class Cf>
-__device__ __forceinline__ float2 part_weights(const float* record, int column, float lw, float mw) {
-  const float l = record[Cf::kOutRows * Cf::C + column], m = record[(Cf::kOutRows + 3) * Cf::C + column];
-  const float top = fmaxf(m, mw), f = exp2_fast(m - top), fw = exp2_fast(mw - top);
-  const float sum = f * l + fw * lw, inverse = sum > 0.f ? approximate_reciprocal(sum) : 0.f;
-  return make_float2(f * inverse, fw * inverse);
-}
-
-// What the rows of a group that is the highest field of an open plane hold beside it: the rows of the fields below.
-// `sums`: column of a record; y: channel half of `channel`.
-template <class Cf, int Group>
-__device__ __forceinline__ float lower_fields(const float* sums, int channel, int y) {
-  constexpr int p = Cf::V.first_plane(Group);
-  constexpr Plane plane = Cf::V.planes[p];
-  float sum = 0.f;
-  if constexpr (Cf::V.is_open(p, false) && plane.groups[plane.count - 1] == Group) {
+__device__ __forceinline__ void attend_window(float* record, float* exchange, const DecodeParams& p, const Request& r,
+                                              int request, int head, int column0, int warp, int lane) {
+  constexpr int warpgroup = 0, Q = Cf::D / 32;
+  const uint16_t* query = query_of_lane<Cf>(p, r.row, r.num_rows, head, column0, lane);
+  uint4 q[Q];
 #pragma unroll
-    for (int i = 0; i < plane.count; ++i) {
-      const int lower = channel + 16 * (plane.groups[i] - Group);
-      if (plane.groups[i] != Group && (!plane.half || y == 1)) sum += sums[lower * Cf::C];
-      if (plane.half && y == 1) sum += sums[(lower - 8) * Cf::C];
+  for (int k = 0; k < Q; ++k) q[k] = query ? *reinterpret_cast<const uint4*>(query + 32 * k) : make_uint4(0, 0, 0, 0);
+  float o[2 * Q][4];
+  Sums s;
+  const auto attend = [&](auto bf16) {
+    WindowSums<Cf, bf16> sums(o, s);
+#pragma unroll 1
+    for (int start = r.last + 16 * warp; start < r.length; start += 64) {
+      const unsigned size = p.window_block_size, at = start;
+      const int block = p.window_table[request * p.window_table_stride + at / size];
+      WindowRows<Cf> keys, values;
+      keys.load_keys(p, block, head, at % size, r.length - 1 - start, lane);
+      values.load_values(p, block, head, at % size, r.length - 1 - start, lane);
+      float x[4];
+      sums.scores(x, keys, [&](int k) { return q[k]; });
+      sums.probabilities(x, p, r.length - 1 - start, r.length - r.p0, column0, lane);
+      sums.add(x, values);
     }
-  }
-  return sum;
+  };
+  if (p.is_bf16)
+    attend(std::true_type{});
+  else
+    attend(std::false_type{});
+  auto row = [&](int i, int y) { return 16 * i + 8 * y + (lane >> 2); };
+  merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, row, warp, warpgroup, lane);
 }
 
 // What a lane needs for its part of the output and can know early. Its rows of the means are of the 16-row tiles warp,
@@ -46,82 +56,44 @@ struct OutputPlace {
   __device__ __forceinline__ OutputPlace(const DecodeParams& p, const Request& r, int head, int column0, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const float* from = p.value_mean + head * 2 * Cf::D + 16 * min(warp + Warps * k, Cf::D / 16 - 1) + (lane >> 2);
+      const int tile = min(warp + Warps * k, Cf::D / 16 - 1);
 #pragma unroll
-      for (int y = 0; y < 2; ++y) mean[k][y] = from[8 * y], sink[k][y] = from[Cf::D + 8 * y];
+      for (int y = 0; y < 2; ++y) {
+        const float* from = p.value_mean + head * 2 * Cf::D + output_dim(tile, y, lane >> 2);
+        mean[k][y] = from[0], sink[k][y] = from[Cf::D];
+      }
     }
     factor = p.value_factor[head];
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = 2 * (lane & 3) + c;
-      int row = 0, query_head = column0 + column % Cf::C;
-      for (; query_head >= p.heads_per_kv; query_head -= p.heads_per_kv) ++row;
-      to[c] = static_cast<uint16_t*>(p.out) + (r.row + row) * p.out_token_stride +
-              (head * p.heads_per_kv + query_head) * p.out_head_stride;
-      if (column >= Cf::C || row >= r.num_rows) to[c] = nullptr;
-    }
+    for (int c = 0; c < 2; ++c) to[c] = output_row<Cf>(p, r.row, r.num_rows, head, column0, 2 * (lane & 3) + c);
   }
 };
 
-// out = decode_V^T (acc - z sum ps) + mean_V sum p + (sink - mean) sum p over sinks + exact part, normalised.
-// `latent`: the merged record of the latent part; `exact`: two halves of the window's; `basis`: A fragments
-// [head_dim / 16][groups][32]. All in shared memory. Warps: of the block; they share the 16-row tiles.
+// The output of a request and virtual head. `latent`: the merged record of the latent part; `exact`: two halves of the
+// window's; `basis`: A fragments [head_dim / 16][groups][32]. All in shared memory. Warps: of the block; they share the tiles.
 template <class Cf, int Warps>
 __device__ __forceinline__ void write_output(const float* latent, const float* exact, const uint4* basis,
                                              const OutputPlace<Cf, Warps>& place, int is_bf16, int warp, int lane) {
-  constexpr int C = Cf::C, D = Cf::D, GV = Cf::GV;
+  constexpr int C = Cf::C;
   const int g = lane >> 2, t = lane & 3;
-  const int of_g = g % C;
-  const float2 weights =
-      part_weights<Cf>(latent, of_g, exact[Cf::kOutRows * C + of_g], exact[(Cf::kOutRows + 3) * C + of_g]);
-  uint32_t b[GV][2];
-  {
-    const int column = of_g;
-    const float weight = g < C ? weights.x : 0.f;
-    const float ps = latent[(Cf::kOutRows + 1) * C + column];
-    static_for<GV>([&](auto ig) {
-      constexpr int group = ig;
-      constexpr float units[2] = {static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 0, false))),
-                                  static_cast<float>(power_of_two(24 - Cf::V.unit_exponent(group, 1, false)))};
-      constexpr float zero = static_cast<float>(power_of_two(Cf::V.group_bits(group) - 1) - 0.5);
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int channel = 16 * group + 2 * t + (i & 1) + 8 * (i >> 1);
-        const float sum = latent[channel * C + column] - lower_fields<Cf, group>(latent + column, channel, i >> 1);
-        x[i] = (sum * units[i >> 1] - zero * ps) * weight;
-      }
-      b[group][0] = pack_f16(x[0], x[1]);
-      b[group][1] = pack_f16(x[2], x[3]);
-    });
-  }
-  float exact_weight[2], mean_sum[2], sink_sum[2];
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    const int column = (2 * t + c) % C;
-    const float weight = __shfl_sync(~0u, weights.x, 4 * column);  // lanes (g, t) have column g
-    exact_weight[c] = __shfl_sync(~0u, weights.y, 4 * column);
-    mean_sum[c] = latent[Cf::kOutRows * C + column] * weight;
-    sink_sum[c] = latent[(Cf::kOutRows + 2) * C + column] * weight;
-  }
+  const LatentPart<Cf> part(latent, exact[Cf::kOutRows * C + g % C], exact[(Cf::kOutRows + 3) * C + g % C], lane);
 #pragma unroll
   for (int k = 0; k < OutputPlace<Cf, Warps>::kTiles; ++k) {
     const int tile = warp + Warps * k;
-    if (tile >= D / 16) break;
-    float o[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int i = 0; i < GV; ++i) {
-      const uint4 a = basis[(tile * GV + i) * 32 + lane];
-      mma_f16(o, a.x, a.y, a.z, a.w, b[i][0], b[i][1]);
-    }
+    if (tile >= Cf::D / 16) break;
+    float window[4], x[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int y = e >> 1, c = e & 1, dim = 16 * tile + g + 8 * y, at = dim * C + (2 * t + c) % C;
-      const float x = o[e] * place.factor + mean_sum[c] * place.mean[k][y] + sink_sum[c] * place.sink[k][y] +
-                      exact_weight[c] * (exact[at] + exact[Cf::kRecord + at]);
-      const uint16_t bits =
-          is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
-      if (place.to[c]) place.to[c][dim] = bits;
+      const float* at = exact + (16 * tile + 8 * (e >> 1) + g) * C + (2 * t + (e & 1)) % C;
+      window[e] = at[0] + at[Cf::kRecord];
+    }
+    part.tile(x, basis + tile * Cf::GV * 32, place.factor, place.mean[k], place.sink[k], window, lane);
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      const int dim = output_dim(tile, y, g);
+      const uint32_t bits = pack_output(is_bf16, x[2 * y], x[2 * y + 1]);
+      if (place.to[0]) place.to[0][dim] = static_cast<uint16_t>(bits);
+      if (place.to[1]) place.to[1][dim] = static_cast<uint16_t>(bits >> 16);
     }
   }
 }
@@ -130,7 +102,7 @@ template <class Cf, int Parts>
 struct FinishShared {
   alignas(128) uint4 basis[Cf::D / 16 * Cf::GV * 32];
   alignas(16) float latent[Cf::kRecord], exact[2 * Cf::kRecord], exchange[160];
-  alignas(16) float parts[Parts > 1 ? Merging<Cf, Parts>::kGroups * Cf::kRecord : 1];
+  alignas(16) float parts[Parts > 1 ? Merging<Cf, 128 * Parts>::kGroups * Cf::kRecord : 1];
   uint64_t loaded;  // mbarrier of the basis
   int pieces;
   uint16_t list[kMaxPieces];
@@ -183,7 +155,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 4 : 1) finish_kernel
   const auto record = [&](int i) {
     return n == 0 ? whole : p.partials + static_cast<int64_t>(s.list[i]) * Cf::kRecord;
   };
-  merge_records<Cf, Parts>(s.latent, s.parts, record, !has_latent ? 0 : max(n, 1), thread);
+  merge_records<Cf, 128 * Parts>(s.latent, s.parts, record, !has_latent ? 0 : max(n, 1), thread);
   if (warp < Cf::D / 16) write_output<Cf>(s.latent, s.exact, s.basis, place, p.is_bf16, warp, lane);
 }
 

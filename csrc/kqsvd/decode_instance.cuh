@@ -3,16 +3,24 @@
 #pragma once
 
 #include "decode_finish.cuh"
+#include "decode_finish_many.cuh"
 #include "decode_kernel.cuh"
 #include "decode_launch.h"
 
 namespace kqsvd::decode {
 
-template <class Cf, int Parts>
-cudaError_t prepare_finish() {
-  return cudaFuncSetAttribute(finish_kernel<Cf, Parts>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(sizeof(FinishShared<Cf, Parts>)));
-}
+// The kernel that finishes a layer: which, and how it is launched.
+struct Finish {
+  void (*kernel)(DecodeParams);
+  int threads, shared;
+  cudaError_t prepare() const {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
+};
+template <class Cf>
+constexpr Finish kFinishes[3] = {{finish_kernel<Cf, 1>, 128, sizeof(FinishShared<Cf, 1>)},
+                                 {finish_kernel<Cf, kFewParts>, 128 * kFewParts, sizeof(FinishShared<Cf, kFewParts>)},
+                                 {finish_many_kernel<Cf>, 128, sizeof(FinishManyShared<Cf>)}};
 
 template <class Cf>
 cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
@@ -24,8 +32,8 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
     if (cudaError_t e = cudaFuncSetAttribute(decode_kernel<Cf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              Cf::kSharedBytes))
       return e;
-    if (cudaError_t e = prepare_finish<Cf, 1>()) return e;
-    if (cudaError_t e = prepare_finish<Cf, kFewParts>()) return e;
+    for (const Finish& finish : kFinishes<Cf>)
+      if (cudaError_t e = finish.prepare()) return e;
     if (device < 64) prepared[device] = true;
   }
   cudaLaunchAttribute dependent{};
@@ -40,11 +48,12 @@ cudaError_t launch_instance(const DecodeParams& params, cudaStream_t stream) {
   config.dynamicSmemBytes = Cf::kSharedBytes;
   if (cudaError_t e = cudaLaunchKernelEx(&config, decode_kernel<Cf>, params)) return e;
   const int heads = params.num_kv_heads * params.column_groups;
-  const bool few = params.finish_parts > 1;
-  config.gridDim = dim3(heads, params.num_requests);
-  config.blockDim = dim3(few ? 128 * kFewParts : 128);
-  config.dynamicSmemBytes = few ? sizeof(FinishShared<Cf, kFewParts>) : sizeof(FinishShared<Cf, 1>);
-  return cudaLaunchKernelEx(&config, few ? finish_kernel<Cf, kFewParts> : finish_kernel<Cf, 1>, params);
+  const bool many = params.finish_blocks > 0;
+  const Finish& finish = kFinishes<Cf>[many ? 2 : params.finish_parts > 1];
+  config.gridDim = dim3(heads, many ? params.finish_blocks : params.num_requests);
+  config.blockDim = dim3(finish.threads);
+  config.dynamicSmemBytes = finish.shared;
+  return cudaLaunchKernelEx(&config, finish.kernel, params);
 }
 
 template <class Cf>

@@ -16,14 +16,12 @@ struct Sums {
   float max[2], p[2], ps[2], sink[2];
 
   // Adds up what the lanes g of a column have; the maximum and sum p s are the same in all of them.
-  __device__ __forceinline__ void add_rows() {
+  __device__ __forceinline__ void add_rows() { add_up(p), add_up(sink); }
+  static __device__ __forceinline__ void add_up(float (&x)[2]) {
 #pragma unroll
     for (int c = 0; c < 2; ++c)
 #pragma unroll
-      for (int d = 4; d < 32; d <<= 1) {
-        p[c] += __shfl_xor_sync(~0u, p[c], d);
-        sink[c] += __shfl_xor_sync(~0u, sink[c], d);
-      }
+      for (int d = 4; d < 32; d <<= 1) x[c] += __shfl_xor_sync(~0u, x[c], d);
   }
 };
 
@@ -229,21 +227,22 @@ __device__ __forceinline__ int list_pieces(uint16_t* list, const Cut& cut, int m
   return n;
 }
 
-// How a finishing block shares the pieces of a request: groups of warps take every kGroups-th record, a thread the same
-// vectors of each, kAhead records on their way at once.
-template <class Cf, int Parts>
+// How the threads of a finishing block, or of one warp, share the pieces of a request: groups of warps take every
+// kGroups-th record, a thread the same vectors of each, kAhead records on their way at once.
+template <class Cf, int Threads>
 struct Merging {
   static constexpr int kVectors = Cf::kRecord / 4;  // of 16 bytes, in a record
-  static constexpr int kGroups = Parts == 1 ? 1 : 16 * Parts / Cf::C, kWidth = 128 * Parts / kGroups;
-  static constexpr int kEach = (kVectors + kWidth - 1) / kWidth, kAhead = Parts == 1 ? 4 : 3;
+  static constexpr int kGroups = Threads <= 128 ? 1 : Threads / 8 / Cf::C, kWidth = Threads / kGroups;
+  static constexpr int kEach = (kVectors + kWidth - 1) / kWidth;
+  static constexpr int kAhead = Threads == 32 ? (Cf::C == 4 ? 2 : 1) : Threads == 128 ? 4 : 3;
   static_assert(kWidth % 32 == 0);
 };
 
 // Sums records of one request into `sum` in shared memory: record(i) is in global memory, i < n. `parts`: shared,
-// [kGroups][kRecord], where Parts > 1. All threads of the block; ends with a barrier.
-template <class Cf, int Parts, class Record>
+// [kGroups][kRecord], where there are groups. All threads of the block, or a warp; ends with a barrier of these.
+template <class Cf, int Threads, class Record>
 __device__ __forceinline__ void merge_records(float* sum, float* parts, Record record, int n, int thread) {
-  using M = Merging<Cf, Parts>;
+  using M = Merging<Cf, Threads>;
   constexpr int C = Cf::C, kMax = (Cf::kOutRows + 3) * C / 4;  // the vector where the maxima begin
   const int group = thread / M::kWidth, at = thread % M::kWidth, quad = at % (C / 4);  // columns 4 quad, ... of all vectors
   float top[4] = {kEmptyMax, kEmptyMax, kEmptyMax, kEmptyMax}, acc[M::kEach][4] = {};
@@ -281,18 +280,22 @@ __device__ __forceinline__ void merge_records(float* sum, float* parts, Record r
       }
     }
   }
-  float4* mine = reinterpret_cast<float4*>(Parts == 1 ? sum : parts + group * Cf::kRecord);
+  float4* mine = reinterpret_cast<float4*>(M::kGroups == 1 ? sum : parts + group * Cf::kRecord);
 #pragma unroll
   for (int i = 0; i < M::kEach; ++i) {
     const int v = at + M::kWidth * i;
     if (v < kMax) mine[v] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
     else if (v < M::kVectors) mine[v] = make_float4(top[0], top[1], top[2], top[3]);
   }
-  __syncthreads();
-  if constexpr (Parts > 1) {  // a thread has half of the columns of a row
+  if constexpr (Threads == 32)
+    __syncwarp();
+  else
+    __syncthreads();
+  if constexpr (M::kGroups > 1) {  // a thread has half of the columns of a row
     constexpr int kHalf = C / 2;
-    for (int i = thread * kHalf; i < Cf::kRecord; i += 128 * Parts * kHalf) {
-      const int column = i % C;
+    static_assert(Cf::kRecord / kHalf <= Threads);
+    const int i = thread * kHalf, column = i % C;
+    if (i < Cf::kRecord) {
       float high[kHalf], x[kHalf] = {};
 #pragma unroll
       for (int c = 0; c < kHalf; ++c) high[c] = kEmptyMax;

@@ -2,7 +2,9 @@
 // What a decode launch needs, as plain pointers and strides. Shared by the kernels, their host launchers and the bindings.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 namespace kqsvd::decode {
 
@@ -58,7 +60,7 @@ struct DecodeParams {
   const uint32_t* rope_table;  // [rows][head_dim / 2] (cos, sin) fp16 of the block starts
   int rope_table_moves;       // 0: every block uses row 0 (no RoPE frame)
   const int* key_exponent;    // [kv_head]: float exponent bits added when a K scale byte is read
-  const uint4* value_basis;   // [kv_head][head_dim / 16][v groups][32]: A fragments of decode_V transposed
+  const uint4* value_basis;   // [kv_head][head_dim / 16][v groups][32]: A fragments of decode_V transposed, rows as output_dim
   const float* value_mean;    // [kv_head][2][head_dim]: mean, sink minus mean
   const float* value_factor;  // [kv_head]: what value_basis was divided by
   int rotary_dim, rotary_interleaved;
@@ -77,6 +79,7 @@ struct DecodeParams {
   int most_ctas, big_heads;   // of a virtual head, and how many have so many; the others have one less
   int finish_parts;        // warpgroups of a finishing block: 1 or kFewParts
   int join_from;           // pieces of a request from which on CTAs join theirs
+  int finish_blocks;       // of a virtual head where each warp finishes requests of its own; 0: one block a request
 };
 
 constexpr int kFewParts = 4;
@@ -91,9 +94,10 @@ constexpr int kJoinFrom = 16, kJoinFromFew = 48;
 // How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
 // no latent CTA: as long as finishing blocks are few, some multiprocessors are left to them, so that they begin early and
 // the next layer's CTAs are not kept waiting. More of them crowd, four on a multiprocessor, where the next layer's last
-// CTAs will be: those begin when the others read already.
+// CTAs will be: those begin when the others read already. Where one block per request would not fit the GPU at once, blocks
+// stay and a warp takes a request after another.
 struct Grid {
-  int num_ctas, finish_parts, late_ctas;
+  int num_ctas, finish_parts, late_ctas, finish_blocks;
 };
 inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
   const int64_t blocks = int64_t{virtual_heads} * num_requests, crowded = (blocks + 3) / 4;
@@ -102,7 +106,11 @@ inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
   int ctas = static_cast<int>(multiprocessors - reserved);
   if (reserved > 0) ctas -= ctas % virtual_heads;  // ranges of equal length
   const bool late = reserved == 0 && crowded * 4 <= ctas;  // with more, nearly all begin late
-  return {ctas, few ? kFewParts : 1, late ? static_cast<int>(crowded) : 0};
+  int64_t many_from = int64_t{4} * multiprocessors + 1;
+  if (const char* x = std::getenv("KQSVD_FINISH_MANY")) many_from = std::atoll(x);  // TEMPORARY, to sweep it: remove
+  const int stay = std::max(4 * multiprocessors / virtual_heads, 1);
+  const int finish_blocks = blocks >= many_from ? std::min(stay, (num_requests + 3) / 4) : 0;
+  return {ctas, few ? kFewParts : 1, late ? static_cast<int>(crowded) : 0, finish_blocks};
 }
 
 // Bytes of latents that a CTA reads while a late one gets ready: about 10 us of an H100's bandwidth.

@@ -4,6 +4,7 @@
 #include "cuda_decode_emulator.h"
 
 #include "kqsvd/decode_finish.cuh"
+#include "kqsvd/decode_finish_many.cuh"
 #include "kqsvd/decode_kernel.cuh"
 #include "kqsvd/decode_requests.cuh"
 
@@ -31,7 +32,9 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
   const int heads = p->num_kv_heads * p->column_groups;
   run(decode_kernel<Cf>, *p, dim3(p->num_ctas), Cf::kThreads, Cf::kSharedBytes);
   const dim3 grid(heads, p->num_requests);
-  if (p->finish_parts == 1)
+  if (p->finish_blocks > 0)
+    run(finish_many_kernel<Cf>, *p, dim3(heads, p->finish_blocks), 128, sizeof(FinishManyShared<Cf>));
+  else if (p->finish_parts == 1)
     run(finish_kernel<Cf, 1>, *p, grid, 128, sizeof(FinishShared<Cf, 1>));
   else
     run(finish_kernel<Cf, kFewParts>, *p, grid, 128 * kFewParts, sizeof(FinishShared<Cf, kFewParts>));
@@ -39,10 +42,10 @@ void decode(const ScheduleParams* schedule, const DecodeParams* p) {
 
 void schedule(const ScheduleParams* p) { run(schedule_kernel<64>, *p, dim3(1), 64, 0); }
 
-// [latent CTAs, warpgroups of a finishing block, late CTAs]
+// [latent CTAs, warpgroups of a finishing block, late CTAs, finishing blocks of a head whose warps take requests]
 void grid(int multiprocessors, int heads, int requests, int* out) {
   const Grid found = grid_of(multiprocessors, heads, requests);
-  out[0] = found.num_ctas, out[1] = found.finish_parts, out[2] = found.late_ctas;
+  out[0] = found.num_ctas, out[1] = found.finish_parts, out[2] = found.late_ctas, out[3] = found.finish_blocks;
 }
 
 // How `ctas` CTAs share `heads` lines of `units`: ranges [cta][head][begin, end), heads_of [cta][first, last],
