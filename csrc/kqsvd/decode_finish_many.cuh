@@ -32,17 +32,6 @@ __device__ __forceinline__ int window_entry(const DecodeParams& p, int request, 
              : 0;
 }
 
-// Asks for the first chunk of a window, which is read after the request before it has been written. Two lanes a row.
-template <class Cf>
-__device__ __forceinline__ void prefetch_chunk(const DecodeParams& p, const Request& r, int block, int head, int lane) {
-  if (r.num_rows == 0 || r.last >= r.length) return;
-  const int row = r.last % p.window_block_size + min(lane >> 1, r.length - 1 - r.last);
-  const uint16_t* at = static_cast<const uint16_t*>(p.window_pages) + block * p.window_block_stride +
-                       head * p.window_head_stride + row * p.window_token_stride + (lane & 1) * Cf::D;
-#pragma unroll
-  for (int i = 0; i < Cf::D; i += 64) prefetch_to_l2(at + i);
-}
-
 // The window of a warp's request. While values of a chunk are added the next one's keys are on their way, and while its
 // scores are computed its values: the registers of a chunk, and no more, keep loads in flight nearly all the time.
 template <class Cf, bool Bf16>
@@ -148,7 +137,6 @@ __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_consta
       const Cut cut(p, p.requests[p.num_requests].unit_begin);
       pieces = list_pieces<Cf>(w.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     }
-    prefetch_chunk<Cf>(p, w.next, __shfl_sync(~0u, entry, 0), head, lane);
     if (request == begin) {
       mbarrier_wait(loaded, 0);
       wait_for_previous_grid();
