@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 namespace kqsvd::decode {
 
@@ -87,8 +86,8 @@ constexpr int kFewParts = 4;
 // What it takes a warpgroup to go from one request to the next, in units: ranges are cut as if requests lay so far apart.
 constexpr int kChangeUnits = 1;
 
-// Values of join_from, with one warpgroup in a finishing block and with kFewParts. On an H100 at 2.56 bits joining takes 0.3 us, 2 x 32k (22 pieces)
-// 27.0 us instead of 29.2, 4 x 8k (11) 19.4 instead of 18.7; a block of kFewParts warpgroups asks for 48 at once.
+// Values of join_from, with one warpgroup in a finishing block and with kFewParts. On an H100 at 2.56 bits joining takes
+// 2 x 32k (22 pieces) from 29.4 us to 26.8 and 4 x 8k (11) from 18.7 to 19.4; kFewParts warpgroups ask for 48 at once.
 constexpr int kJoinFrom = 16, kJoinFromFew = 48;
 
 // How many CTAs read latents, and how many warpgroups a finishing block has. A multiprocessor with a finishing block takes
@@ -106,10 +105,8 @@ inline Grid grid_of(int multiprocessors, int virtual_heads, int num_requests) {
   int ctas = static_cast<int>(multiprocessors - reserved);
   if (reserved > 0) ctas -= ctas % virtual_heads;  // ranges of equal length
   const bool late = reserved == 0 && crowded * 4 <= ctas;  // with more, nearly all begin late
-  int64_t many_from = int64_t{4} * multiprocessors + 1;
-  if (const char* x = std::getenv("KQSVD_FINISH_MANY")) many_from = std::atoll(x);  // TEMPORARY, to sweep it: remove
   const int stay = std::max(4 * multiprocessors / virtual_heads, 1);
-  const int finish_blocks = blocks >= many_from ? std::min(stay, (num_requests + 3) / 4) : 0;
+  const int finish_blocks = crowded > multiprocessors ? std::min(stay, (num_requests + 3) / 4) : 0;
   return {ctas, few ? kFewParts : 1, late ? static_cast<int>(crowded) : 0, finish_blocks};
 }
 
