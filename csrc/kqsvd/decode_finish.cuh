@@ -4,14 +4,12 @@
 // nothing of theirs, fills the multiprocessors that they leave.
 #pragma once
 
-#include <type_traits>
-
 #include "decode_output.cuh"
 
 namespace kqsvd::decode {
 
-// Leaves the two halves of the record of (request, virtual head) in `record`; its rows are those of the output's tiles
-// (output_dim). 128 threads; ends with a barrier.
+// Leaves the two halves of the record of (request, virtual head) in `record`; rows are head dimensions. 128 threads; ends
+// with a barrier.
 template <class Cf>
 __device__ __forceinline__ void attend_window(float* record, float* exchange, const DecodeParams& p, const Request& r,
                                               int request, int head, int column0, int warp, int lane) {
@@ -22,26 +20,20 @@ __device__ __forceinline__ void attend_window(float* record, float* exchange, co
   for (int k = 0; k < Q; ++k) q[k] = query ? *reinterpret_cast<const uint4*>(query + 32 * k) : make_uint4(0, 0, 0, 0);
   float o[2 * Q][4];
   Sums s;
-  const auto attend = [&](auto bf16) {
-    WindowSums<Cf, bf16> sums(o, s);
+  WindowSums<Cf, bool> sums(o, s, p.is_bf16);
 #pragma unroll 1
-    for (int start = r.last + 16 * warp; start < r.length; start += 64) {
-      const unsigned size = p.window_block_size, at = start;
-      const int block = p.window_table[request * p.window_table_stride + at / size];
-      WindowRows<Cf> keys, values;
-      keys.load_keys(p, block, head, at % size, r.length - 1 - start, lane);
-      values.load_values(p, block, head, at % size, r.length - 1 - start, lane);
-      float x[4];
-      sums.scores(x, keys, [&](int k) { return q[k]; });
-      sums.probabilities(x, p, r.length - 1 - start, r.length - r.p0, column0, lane);
-      sums.add(x, values);
-    }
-  };
-  if (p.is_bf16)
-    attend(std::true_type{});
-  else
-    attend(std::false_type{});
-  auto row = [&](int i, int y) { return 16 * i + 8 * y + (lane >> 2); };
+  for (int start = r.last + 16 * warp; start < r.length; start += 64) {
+    const unsigned size = p.window_block_size, at = start;
+    const int block = p.window_table[request * p.window_table_stride + at / size];
+    WindowRows<Cf> keys, values;
+    keys.load_keys(p, block, head, at % size, r.length - 1 - start, lane);
+    values.load_values(p, block, head, at % size, r.length - 1 - start, lane);
+    float x[4];
+    sums.scores(x, keys, [&](int k) { return q[k]; });
+    sums.probabilities(x, p, r.length - 1 - start, r.length - r.p0, column0, lane);
+    sums.add(x, values);
+  }
+  auto row = [&](int i, int y) { return output_dim(i, y, lane >> 2); };
   merge_warps<Cf, 2 * Q, false>(record, exchange, o, s, row, warp, warpgroup, lane);
 }
 
@@ -56,12 +48,9 @@ struct OutputPlace {
   __device__ __forceinline__ OutputPlace(const DecodeParams& p, const Request& r, int head, int column0, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const int tile = min(warp + Warps * k, Cf::D / 16 - 1);
+      const float* from = p.value_mean + head * 2 * Cf::D + 16 * min(warp + Warps * k, Cf::D / 16 - 1) + (lane >> 2);
 #pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        const float* from = p.value_mean + head * 2 * Cf::D + output_dim(tile, y, lane >> 2);
-        mean[k][y] = from[0], sink[k][y] = from[Cf::D];
-      }
+      for (int y = 0; y < 2; ++y) mean[k][y] = from[8 * y], sink[k][y] = from[Cf::D + 8 * y];
     }
     factor = p.value_factor[head];
 #pragma unroll
@@ -90,7 +79,7 @@ __device__ __forceinline__ void write_output(const float* latent, const float* e
     part.tile(x, basis + tile * Cf::GV * 32, place.factor, place.mean[k], place.sink[k], window, lane);
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      const int dim = output_dim(tile, y, g);
+      const int dim = 16 * tile + 8 * y + g;
       const uint32_t bits = pack_output(is_bf16, x[2 * y], x[2 * y + 1]);
       if (place.to[0]) place.to[0][dim] = static_cast<uint16_t>(bits);
       if (place.to[1]) place.to[1][dim] = static_cast<uint16_t>(bits >> 16);

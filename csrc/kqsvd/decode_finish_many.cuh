@@ -4,6 +4,8 @@
 // hidden by the others of a multiprocessor, which never wait for each other, and constants are loaded once.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_output.cuh"
 
 namespace kqsvd::decode {
@@ -19,10 +21,26 @@ struct FinishManyShared {
   };
   static_assert(Cf::D * 16 <= Cf::kRecord * 4);
   alignas(128) uint4 basis[Cf::D / 16 * Cf::GV * 32];
-  alignas(16) float mean[2 * Cf::D];  // mean, sink minus mean
+  float mean[2 * Cf::D];  // mean, sink minus mean
   Warp warps[4];
-  uint64_t loaded;  // mbarrier of basis and means
 };
+
+// The value basis with its rows in the order of the window's accumulators (output_dim), which an item's latent part then
+// meets in the same lane. 128 threads.
+template <class Cf>
+__device__ __forceinline__ void load_turned_basis(uint32_t* to, const uint4* from) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < Cf::D / 16 * Cf::GV * 32; i += 128) {
+    const uint4 a = from[i];
+    const int t = i & 3, group = i / 32 % Cf::GV, first = 16 * (i / 32 / Cf::GV) + (i >> 2 & 7);
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      const int dim = first + 8 * y, tile = 2 * (dim >> 5) + (dim >> 2 & 1), g = 2 * (dim >> 3 & 3) + (dim & 1);
+      uint32_t* at = to + ((tile * Cf::GV + group) * 32 + 4 * g + t) * 4 + (dim >> 1 & 1);
+      at[0] = y ? a.y : a.x, at[2] = y ? a.w : a.z;
+    }
+  }
+}
 
 // A lane's entry of a request's window table, counted from block `first`.
 __device__ __forceinline__ int window_entry(const DecodeParams& p, int request, const Request& r, int first, int lane) {
@@ -39,7 +57,7 @@ __device__ __forceinline__ void attend_alone(float (&o)[Cf::D / 16][4], Sums& su
                                              typename FinishManyShared<Cf>::Warp& w, const DecodeParams& p, int request,
                                              int head, int column0, int lane) {
   constexpr int Q = Cf::D / 32;
-  WindowSums<Cf, Bf16> window(o, sums);
+  WindowSums<Cf, std::bool_constant<Bf16>> window(o, sums, {});
   int left = w.row.length - 1 - w.row.last;
   if (w.row.num_rows == 0 || left < 0) return;
   int offset = w.row.last % p.window_block_size, index = 0;
@@ -86,19 +104,12 @@ template <class Cf>
 __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_constant__ DecodeParams p) {
   KQ_DYNAMIC_SHARED(shared);
   FinishManyShared<Cf>& s = *reinterpret_cast<FinishManyShared<Cf>*>(shared);
-  constexpr int kBasis = sizeof(s.basis), kMean = sizeof(s.mean);
   static_assert(4 * (sizeof(s) + 1024) <= 228 << 10, "four blocks share a multiprocessor");
-  const uint32_t loaded = shared_address(&s.loaded);
   const int vh = blockIdx.x, head = vh / p.column_groups, column0 = (vh - head * p.column_groups) * Cf::C;
   const int warp = uniform_warp_index(), lane = threadIdx.x & 31;
   release_next_grid_early();  // see finish_kernel
-  if (threadIdx.x == 0) {
-    mbarrier_init(loaded, 1);
-    proxy_fence();
-    mbarrier_expect(loaded, kBasis + kMean);
-    bulk_copy(shared_address(s.basis), p.value_basis + static_cast<int64_t>(head) * (kBasis / 16), kBasis, loaded);
-    bulk_copy(shared_address(s.mean), p.value_mean + head * 2 * Cf::D, kMean, loaded);
-  }
+  load_turned_basis<Cf>(reinterpret_cast<uint32_t*>(s.basis), p.value_basis + head * (Cf::D / 16 * Cf::GV * 32));
+  for (int i = threadIdx.x; i < 2 * Cf::D; i += 128) s.mean[i] = p.value_mean[head * 2 * Cf::D + i];
   auto& w = s.warps[warp];
   const auto ask = [&](int request) {  // for its row; behind the last request there is an empty one
     if (lane < 2)
@@ -118,7 +129,7 @@ __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_consta
   const int begin = blockIdx.y + gridDim.y * warp;  // warps that have one more than others are in all blocks
   ask(begin);
   take_next(entry_of_next(begin));
-  __syncthreads();  // the mbarrier is there
+  __syncthreads();
 #pragma unroll 1
   for (int request = begin;;) {
     const int next = request + 4 * gridDim.y;
@@ -137,10 +148,7 @@ __global__ void __launch_bounds__(128, 4) finish_many_kernel(const __grid_consta
       const Cut cut(p, p.requests[p.num_requests].unit_begin);
       pieces = list_pieces<Cf>(w.list, cut, p.max_phases, vh, r.unit_begin, r.unit_end, lane);
     }
-    if (request == begin) {
-      mbarrier_wait(loaded, 0);
-      wait_for_previous_grid();
-    }
+    if (request == begin) wait_for_previous_grid();
     if (r.num_rows > 0) {
       __syncwarp();  // the list is there, and nobody needs the query any more
       const float* whole = p.whole_partials + (static_cast<int64_t>(request) * gridDim.x + vh) * Cf::kRecord;

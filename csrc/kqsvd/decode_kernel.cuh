@@ -76,6 +76,7 @@ __device__ __forceinline__ void attend_latent(Softmax<Cf>& acc, SlotStream<Cf>& 
     absorb<Cf>(b, scratch.query(),
                ring + Cf::kStages * Cf::kSlotBytes + (Cf::kRopeStages == 2 ? (stream.n & 1) * Cf::kRopeBytes : 0), image,
                lane);
+    if (stream.n == 0) stream.issue(p, 1, 1, Cf::kSlots == 1, lane);  // not sooner: see begins in decode_kernel
     float4 zero[2];
     zero_point_terms<Cf>(zero, b, lane);
 #pragma unroll(Cf::kSlots > 2 ? 1 : 2)
@@ -185,11 +186,8 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
         release_next_grid();  // the finishing blocks may be here early
       }
       if (more) fetch_query<Cf>(scratch.next_query(), p, r.row, r.num_rows, at->head, at->column0, thread & 127);
-      // First pages long before the query or behind it, which else waits for megabytes of them; second pages behind it.
-      if (begins) {
-        if (!at->settled) stream.issue(p, 0, 0, false, lane);
-        stream.issue(p, 1, 1, Cf::kSlots == 1, lane);
-      }
+      // First pages long before the query or behind it, which else waits for megabytes of them; second pages when it is used.
+      if (begins && !at->settled) stream.issue(p, 0, 0, false, lane);
       if (p.prefetch_window && more && r.unit_end <= at->end && (warp & 3) == 3) prefetch_window(p, r, request, at->head, lane);
       if (!begins) {  // the item before
         const Sums sums{

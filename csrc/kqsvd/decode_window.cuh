@@ -7,8 +7,7 @@
 
 namespace kqsvd::decode {
 
-// Dimension of row g + 8 y of the i-th 16-row tile of the output: such that a lane's 16-byte load of values, transposed
-// 8 x 8, is an operand. Rows of the value basis are in the same order (cuda_decode_constants.py: output_order).
+// Dimension of row g + 8 y of the window's i-th accumulator: a lane's 16-byte load of values, transposed 8 x 8, is an operand.
 __device__ __forceinline__ int output_dim(int i, int y, int g) {
   return 32 * (i >> 1) + 8 * (g >> 1) + 4 * (i & 1) + 2 * y + (g & 1);
 }
@@ -55,10 +54,9 @@ __device__ __forceinline__ const uint16_t* query_of_lane(const DecodeParams& p, 
          (head * p.heads_per_kv + column % p.heads_per_kv) * p.query_head_stride + 8 * (lane & 3);
 }
 
-template <bool Bf16>
-__device__ __forceinline__ void mma_exact(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+__device__ __forceinline__ void mma_exact(bool is_bf16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
-  if constexpr (Bf16)
+  if (is_bf16)
     mma_bf16(c, a0, a1, a2, a3, b0, b1);
   else
     mma_f16(c, a0, a1, a2, a3, b0, b1);
@@ -66,13 +64,15 @@ __device__ __forceinline__ void mma_exact(float (&c)[4], uint32_t a0, uint32_t a
 
 // What a warp has of exact positions so far: o, maxima and sums of columns 2t, 2t + 1. A chunk of 16 goes through
 // `scores`, `probabilities` and `add` in turn: each needs registers that the others do not, and loads may lie between.
-template <class Cf, bool Bf16>
+// IsBf16: bool, or std::bool_constant for code of its own for each dtype.
+template <class Cf, class IsBf16>
 struct WindowSums {
   static constexpr int Q = Cf::D / 32;
   float (&o)[2 * Q][4];
   Sums& s;
+  const IsBf16 is_bf16;
 
-  __device__ __forceinline__ WindowSums(float (&o)[2 * Q][4], Sums& s) : o(o), s(s) {
+  __device__ __forceinline__ WindowSums(float (&o)[2 * Q][4], Sums& s, IsBf16 is_bf16) : o(o), s(s), is_bf16(is_bf16) {
 #pragma unroll
     for (int i = 0; i < 2 * Q; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
     s = Sums{{kEmptyMax, kEmptyMax}, {0.f, 0.f}, {0.f, 0.f}, {0.f, 0.f}};
@@ -80,13 +80,13 @@ struct WindowSums {
 
   // query(k): vector k of the lane's query.
   template <class Query>
-  static __device__ __forceinline__ void scores(float (&score)[4], const WindowRows<Cf>& keys, Query&& query) {
+  __device__ __forceinline__ void scores(float (&score)[4], const WindowRows<Cf>& keys, Query&& query) {
     score[0] = score[1] = score[2] = score[3] = 0.f;
 #pragma unroll
     for (int k = 0; k < Q; ++k) {
       const uint4 a = keys.row[0][k], b = keys.row[1][k], q = query(k);
-      mma_exact<Bf16>(score, a.x, b.x, a.y, b.y, q.x, q.y);
-      mma_exact<Bf16>(score, a.z, b.z, a.w, b.w, q.z, q.w);
+      mma_exact(is_bf16, score, a.x, b.x, a.y, b.y, q.x, q.y);
+      mma_exact(is_bf16, score, a.z, b.z, a.w, b.w, q.z, q.w);
     }
   }
 
@@ -131,7 +131,7 @@ struct WindowSums {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float x = prob[2 * i], y = prob[2 * i + 1];
-      if constexpr (Bf16) {
+      if (is_bf16) {
         high[i] = pack_bf16(x, y);
         low[i] = pack_bf16(x - __uint_as_float(high[i] << 16), y - __uint_as_float(high[i] & 0xffff0000u));
       } else {
@@ -149,8 +149,8 @@ struct WindowSums {
                                 {transpose8x8(v.z), transpose8x8(v.w), transpose8x8(w.z), transpose8x8(w.w)}};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        mma_exact<Bf16>(o[2 * k + h], a[h][0], a[h][1], a[h][2], a[h][3], high[0], high[1]);
-        mma_exact<Bf16>(o[2 * k + h], a[h][0], a[h][1], a[h][2], a[h][3], low[0], low[1]);
+        mma_exact(is_bf16, o[2 * k + h], a[h][0], a[h][1], a[h][2], a[h][3], high[0], high[1]);
+        mma_exact(is_bf16, o[2 * k + h], a[h][0], a[h][1], a[h][2], a[h][3], low[0], low[1]);
       }
     }
   }

@@ -117,13 +117,6 @@ def absorb_order(head_dim: int, rope: RopeSpec) -> torch.Tensor:
     return plane_dims(head_dim, rope)[16 * (i // 4) + 4 * t + i % 4, x]
 
 
-def output_order(head_dim: int) -> torch.Tensor:
-    """Dimension at each row of the value basis: [head_dim] int64 (`output_dim` in decode_window.cuh)."""
-    row = torch.arange(head_dim)
-    i, y, g = row // 16, row // 8 % 2, row % 8
-    return 32 * (i // 2) + 8 * (g // 2) + 4 * (i % 2) + 2 * y + g % 2
-
-
 def _lanes() -> tuple[torch.Tensor, torch.Tensor]:
     lane = torch.arange(32)
     return lane // 4, lane % 4
@@ -201,7 +194,7 @@ def build_constants(codec: LayerCodec, scale: float, device: torch.device) -> De
         mean_tile=_words(_fragment_a(tile)).squeeze(2).contiguous().to(device),
         sink_rows=_words(_fragment_b((sink * shrink)[..., order])).contiguous().to(device),
         key_exponent=((_SCALE_BIAS + n) << 23).to(torch.int32).to(device),
-        value_basis=_words(_fragment_a(turned[:, output_order(dim)])).contiguous().to(device),
+        value_basis=_words(_fragment_a(turned)).contiguous().to(device),
         value_mean=v_mean.float().contiguous().to(device),
         value_factor=units.float().to(device),
     )

@@ -90,8 +90,8 @@ def encode_image(encode: torch.Tensor, order: torch.Tensor, steps: int) -> torch
 def operand_image(fragments: torch.Tensor) -> torch.Tensor:
     """`encode_image` [H, R / 16, steps, 2, 32, 8] -> [H, 2, steps / 4, R, 64] bf16: the B operand of `wgmma`.
 
-    A channel's row holds its k-steps in their order, in spans of 64 elements; the 16-byte parts of a row are swizzled by
-    its number (128-byte swizzle). Empty beyond 8 steps, where the kernels do not use it.
+    A channel's row holds its k-steps in their order, in spans of 64 elements; the 16-byte parts of a row are swizzled
+    by its number (128-byte swizzle). Empty beyond 8 steps, where the kernels do not use it.
     """
     heads, groups, steps = fragments.shape[:3]
     if steps > 8:
@@ -156,7 +156,8 @@ class SideTables:
     @property
     def encoder(self) -> tuple[torch.Tensor, ...]:
         """Arguments of store_latent."""
-        return (self.encode, self.operand, self.weight, self.latent_mean, self.class_vector, self.class_offset, self.plan)
+        means = (self.latent_mean, self.class_vector, self.class_offset)
+        return (self.encode, self.operand, self.weight, *means, self.plan)
 
     @property
     def decoder(self) -> tuple[torch.Tensor | int, ...]:
