@@ -154,11 +154,6 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     if (lane == 0) {
       at->vh = vh, at->begin = begin, at->end = end, at->request = at->none = first - 1;
       at->head = head, at->column0 = (vh - head * p.column_groups) * Cf::C, at->key_exponent = p.key_exponent[head];
-      at->join_begin = -1;
-      if (begin < end) {
-        const Request* r = p.requests + first;
-        if (cut.template joins<Cf::kWarpgroups>(all, r->unit_begin, r->unit_end)) at->join_begin = all.begin;
-      }
       *stream.state(map.ring(warp)) = StreamState{head, begin, end, warp & 3, first, 0};
     }
     __syncwarp();
@@ -166,6 +161,10 @@ __global__ void __launch_bounds__(Cf::kThreads, 1) decode_kernel(const __grid_co
     stream.begin(p, lane);
     stream.fetch_first_rope(p, lane);
     if (at->settled) stream.issue(p, 0, 0, false, lane);
+    if (lane == 0) {  // behind the first pages, which would wait for the request's row
+      const Request* r = p.requests + first;
+      at->join_begin = cut.template joins<Cf::kWarpgroups>(all, r->unit_begin, r->unit_end) ? static_cast<int>(all.begin) : -1;
+    }
     Softmax<Cf> acc;
     acc.reset();
 #pragma unroll 1
