@@ -15,14 +15,17 @@ using OptionalTensor = std::optional<Tensor>;
 
 void store_latent(const Tensor key, const Tensor value, Tensor pages, OptionalTensor window_pages,
                   const Tensor slot_mapping, OptionalTensor window_slot_mapping, const Tensor positions,
-                  const Tensor k_encode, const Tensor k_operand, const Tensor k_weight, const Tensor k_latent_mean, const Tensor k_class_vector,
-                  const Tensor k_class_offset, const Tensor k_plan, const Tensor v_encode, const Tensor v_operand, const Tensor v_weight,
-                  const Tensor v_latent_mean, const Tensor v_class_vector, const Tensor v_class_offset,
-                  const Tensor v_plan, const Tensor rope_table, int64_t rope_block, bool rope_interleaved,
-                  int64_t block_size, int64_t tile_bytes) {
+                  const Tensor k_encode, const Tensor k_operand, const Tensor k_weight, const Tensor k_latent_mean,
+                  const Tensor k_class_vector, const Tensor k_class_offset, const Tensor k_plan, const Tensor v_encode,
+                  const Tensor v_operand, const Tensor v_weight, const Tensor v_latent_mean,
+                  const Tensor v_class_vector, const Tensor v_class_offset, const Tensor v_plan,
+                  const Tensor rope_table, int64_t rope_block, bool rope_interleaved, int64_t block_size,
+                  int64_t tile_bytes) {
   kqsvd::store_latent(key, value, pages, window_pages, slot_mapping, window_slot_mapping, positions,
-                      CodecTensors{k_encode, k_operand, k_weight, k_latent_mean, k_class_vector, k_class_offset, k_plan},
-                      CodecTensors{v_encode, v_operand, v_weight, v_latent_mean, v_class_vector, v_class_offset, v_plan},
+                      CodecTensors{k_encode, k_operand, k_weight, k_latent_mean, k_class_vector,
+                                   k_class_offset, k_plan},
+                      CodecTensors{v_encode, v_operand, v_weight, v_latent_mean, v_class_vector,
+                                   v_class_offset, v_plan},
                       RopeTensors{rope_table, rope_block, rope_interleaved}, block_size, tile_bytes);
 }
 
@@ -52,9 +55,9 @@ void merge_attention(Tensor out, Tensor lse, const Tensor more_out, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(kqsvd, m) {
   m.def(
       "store_latent(Tensor key, Tensor value, Tensor(a!) pages, Tensor(b!)? window_pages, Tensor slot_mapping, "
-      "Tensor? window_slot_mapping, Tensor positions, Tensor k_encode, Tensor k_operand, Tensor k_weight, Tensor k_latent_mean, "
-      "Tensor k_class_vector, Tensor k_class_offset, Tensor k_plan, Tensor v_encode, Tensor v_operand, Tensor v_weight, "
-      "Tensor v_latent_mean, Tensor v_class_vector, Tensor v_class_offset, Tensor v_plan, Tensor rope_table, "
+      "Tensor? window_slot_mapping, Tensor positions, Tensor k_encode, Tensor k_operand, Tensor k_weight, "
+      "Tensor k_latent_mean, Tensor k_class_vector, Tensor k_class_offset, Tensor k_plan, Tensor v_encode, "
+      "Tensor v_operand, Tensor v_weight, Tensor v_latent_mean, Tensor v_class_vector, Tensor v_class_offset, Tensor v_plan, Tensor rope_table, "
       "int rope_block, bool rope_interleaved, int block_size, int tile_bytes) -> ()");
   m.def(
       "dequantize(Tensor pages, Tensor block_table, Tensor? window_pages, Tensor? window_block_table, Tensor ranges, "

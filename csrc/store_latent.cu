@@ -54,9 +54,9 @@ int log2_of(int size) {
   return size > 0 && (1 << shift) == size ? shift : -1;
 }
 
-// Up to here a CTA per 16 tokens, beyond, CTAs that keep their tables. Launched after each other both kernels take as long
-// for 300 tokens; in a model, where caches have seen all weights since a layer's last step, code and tables take the second
-// one 20 us more (H100; 8 heads: 384 tokens 12 us and 21, 640 17 to 19 and 21 to 24).
+// Up to here a CTA per 16 tokens, beyond, CTAs that keep their tables. Launched after each other both kernels take about as
+// long for 300 tokens; where other work empties the caches in between, as a model's weights do, 384 tokens of 8 heads take
+// 12 us with the first and 20 with the second, 640 tokens 17 to 19 and 21 to 24 (H100).
 constexpr int kFewTokens = 640;
 
 template <typename T, int kSteps>
@@ -74,8 +74,8 @@ void launch_many(StoreParams& p, int heads, const Launch& on) {
   // One CTA per multiprocessor.
   const int tiles = (p.num_tokens + kTile - 1) / kTile, per_head = std::max(2, device.multiprocessors / heads);
   if constexpr (kSteps <= 8) {
-    const int bytes = stores_both(p, kSteps) ? both_tables(p, kSteps, true).end : device.shared_per_block + 1;
-    if (bytes <= device.shared_per_block) {
+    const int bytes = both_tables(p, kSteps, true).end;
+    if (stores_both(p, kSteps) && bytes <= device.shared_per_block) {
       const dim3 grid(std::min((tiles + 3) / 4, std::max(1, device.multiprocessors / heads)), heads);
       return launch_early(store_both_kernel<T, kSteps>, p, grid, 32 * many_warps(kSteps), bytes, on);
     }

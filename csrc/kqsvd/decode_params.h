@@ -59,7 +59,7 @@ struct DecodeParams {
   const uint32_t* rope_table;  // [rows][head_dim / 2] (cos, sin) fp16 of the block starts
   int rope_table_moves;       // 0: every block uses row 0 (no RoPE frame)
   const int* key_exponent;    // [kv_head]: float exponent bits added when a K scale byte is read
-  const uint4* value_basis;   // [kv_head][head_dim / 16][v groups][32]: A fragments of decode_V transposed, rows as output_dim
+  const uint4* value_basis;   // [kv_head][head_dim / 16][v groups][32]: A fragments of decode_V transposed
   const float* value_mean;    // [kv_head][2][head_dim]: mean, sink minus mean
   const float* value_factor;  // [kv_head]: what value_basis was divided by
   int rotary_dim, rotary_interleaved;

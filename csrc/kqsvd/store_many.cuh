@@ -31,7 +31,7 @@ __device__ __forceinline__ void store_tiles(const StoreParams& p, const StoreSid
   constexpr int kChunks = kSteps / 2;
   constexpr int kMine = kFull || kWgmma ? kSteps / kColumns : kWarpGroups;  // groups of the warp, at most
   extern __shared__ __align__(1024) char memory[];
-  const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, head = blockIdx.y;
   const int warp = uniform_warp_index(), pair = warp / kColumns, column = warp % kColumns;
   const int groups = kFull ? kSteps : side.groups, rank = groups * kGroup, period = side.period;
   const int dim = kRows == Rows::kAny ? p.dim : 16 * kSteps;
