@@ -24,11 +24,13 @@ DECODES = (
     DecodeCase(lengths=(500, 0, 17, 129), kv_heads=1),
     DecodeCase(lengths=(300, 70), query_lens=(4, 2), kv_heads=1, block_size=16, window_block_size=16),
     DecodeCase(lengths=(260,), window=0, rope_block=0, kv_heads=1),
+    DecodeCase(lengths=(9000, 9000), kv_heads=2),  # warpgroups of a CTA join their results
+    DecodeCase(lengths=tuple(1 + 7 * (i % 23) for i in range(300)), kv_heads=2),  # a warp finishes a request alone
 )
 
 
 def store(case: Case, tokens: int) -> None:
-    """The few-token kernel up to 256 tokens, the many-token kernel beyond."""
+    """The few-token kernel up to 640 tokens, the many-token kernel beyond."""
     rows = paged_rows(case, tokens, seed=1, device="cuda")
     kernel = LatentStore(case.codec().to("cuda"), case.block_size)
     kernel.store(rows.key, rows.value, rows.pages, rows.window, rows.slots, rows.window_slots, rows.positions)
@@ -94,7 +96,7 @@ def main(parts: list[str]) -> None:
         if part == "store":
             for case in (LLAMA, CASES[1], CASES[3]):
                 store(case, 40)
-                store(case, 300)
+                store(case, 700)
         elif part == "dequantize":
             for case in (LLAMA, CASES[1], CASES[3]):
                 dequantize(case)
