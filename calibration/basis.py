@@ -50,6 +50,16 @@ class Basis:
     weight: torch.Tensor
     owner: tuple[int, ...]
 
+    def first(self, rank: int) -> Basis:
+        """The first `rank` channels alone."""
+        return replace(
+            self,
+            encode=self.encode[..., :rank],
+            decode=self.decode[:, :rank],
+            variance=self.variance[:, :rank],
+            weight=self.weight[:, :rank],
+        )
+
     def truncated(self, rank: int) -> Basis:
         """The same with nothing in the channels from `rank` on: they are zero and cost nothing."""
         kept = (torch.arange(self.encode.shape[-1]) < rank).to(self.encode)

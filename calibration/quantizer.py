@@ -120,3 +120,13 @@ def fit_quantizer(
 def fenced(z: torch.Tensor, fence: torch.Tensor) -> torch.Tensor:
     """Smallest scale [N, H] the fences [H, C] allow the tokens z [N, H, C]."""
     return (z.abs() * fence).amax(-1)
+
+
+def round_trip(
+    z: torch.Tensor, bits: torch.Tensor, step: torch.Tensor, scale_weight: torch.Tensor, guard_weight: torch.Tensor
+) -> torch.Tensor:
+    """Latents z [N, H, C] as they come back from the quantizer of `fit_quantizer`."""
+    u = z / step
+    scale = torch.maximum((scale_weight * u.square()).sum(-1).sqrt(), fenced(u, guard_weight))
+    s = round_scale(scale)[..., None]
+    return midrise(u / s, torch.ones_like(step), (2.0 ** (bits - 1)).to(z)) * s * step

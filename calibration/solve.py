@@ -19,9 +19,11 @@ from vllm_kqsvd.calibration.metric import kq_metric, metric
 from vllm_kqsvd.calibration.model_probe import LayerInfo
 from vllm_kqsvd.calibration.parallel import in_order
 from vllm_kqsvd.calibration.progressive import layer_ranks
-from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, voting
+from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, round_trip, voting
 from vllm_kqsvd.calibration.refit import refit_decoder
+from vllm_kqsvd.calibration.shaping import axis_gains, emphasis, fit_rotation, shaped_losses
 from vllm_kqsvd.calibration.statistics import LayerStatistics
+from vllm_kqsvd.calibration.tiers import mixed, tier_rotation
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.reference import decode, encode
@@ -71,35 +73,6 @@ class SolvedLayer:
     codec: LayerCodec
     spectrum: dict[str, torch.Tensor]
     logit_error: float
-
-
-def random_rotation(size: int, gen: torch.Generator) -> torch.Tensor:
-    """Haar-random orthogonal [size, size] float64."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=gen, dtype=torch.float64))
-    return q * r.diagonal().sign()
-
-
-def rotate_tiers(basis: Basis, tiers: Sequence[int], seed: int) -> Basis:
-    """Random rotations among channels of one tier (tiers[c] equal); error-neutral, makes the channels Gaussian.
-
-    Heads that share a basis share the rotation.
-    Variances and weights are recomputed for uncorrelated channels.
-    """
-    gen = torch.Generator().manual_seed(seed)
-    heads, dim = basis.encode.shape[:2]
-    turn = torch.zeros(heads, len(tiers), len(tiers), dtype=torch.float64)
-    labels = torch.tensor(tiers)
-    for tier in dict.fromkeys(tiers):
-        at = (labels == tier).nonzero()[:, 0]
-        for h in range(heads):
-            turn[h, at[:, None], at[None, :]] = random_rotation(len(at), gen)
-    turn = turn[list(basis.owner)]
-    kept = len(tiers)
-    encode_, decode_ = basis.encode[..., :kept] @ turn, turn.mT @ basis.decode[:, :kept]
-    square = turn.square().mT
-    variance = (square @ basis.variance[:, :kept, None])[..., 0]
-    weight = (square @ basis.weight[:, :kept, None])[..., 0]
-    return Basis(encode_, decode_, variance, weight, basis.owner)
 
 
 class LayerSolver:
@@ -200,11 +173,15 @@ class LayerSolver:
     def _table(self, basis: Basis, tokens: torch.Tensor) -> Table:
         """Loss of every group of 16 channels at every code width, [d / 16, 9], summed over the KV heads."""
         dim = basis.encode.shape[1]
-        if self.options.basis in ROTATED:  # measure what tiers will hold: rotated channels
-            basis = rotate_tiers(basis, [c // GROUP for c in range(dim)], self._seed)
         z = torch.einsum("nhd,hdc->nhc", tokens[:_TABLE_TOKENS], basis.encode.to(tokens))
         weight = basis.weight.to(z)
-        table = distortion_table(z, voting(z.square().mean(0), weight)) * weight[..., None].double()
+        if self.options.basis in ROTATED:  # measure what tiers will hold
+            tiers = torch.arange(dim) // GROUP
+            turn = tier_rotation(basis.owner, tiers, self._seed)
+            table = shaped_losses(z, basis, turn, tiers)
+        else:
+            table = distortion_table(z, voting(z.square().mean(0), weight))
+        table = table * weight[..., None].double()
         grouped = table.reshape(table.shape[0], dim // GROUP, GROUP, -1).sum((0, 2))
         return np.asarray(grouped.cpu().numpy(), dtype=np.float64)
 
@@ -219,21 +196,23 @@ class LayerSolver:
     def coder(self, name: str, plan: SidePlan) -> SideCodec:
         """One side's coder under a plan."""
         side = self.sides[name]
-        bits = [b for b in plan.group_bits for _ in range(GROUP)]
-        basis = side.basis
-        if self.options.basis in ROTATED:
-            nested = self.options.nested or self.options.basis in NESTED
-            basis = rotate_tiers(basis, [c // GROUP for c in range(len(bits))] if nested else bits, self._seed + 1)
-        encode_, decode_ = basis.encode[..., : plan.rank], basis.decode[:, : plan.rank]
-        z = torch.einsum("nhd,hdc->nhc", side.tokens, encode_.to(side.tokens))
-        weight = basis.weight[:, : plan.rank].to(z)
-        step, scale_weight, guard = fit_quantizer(
-            z, torch.tensor(bits, device=z.device), weight, voting(z.square().mean(0), weight)
-        )
+        basis = side.basis.first(plan.rank)
+        bits = torch.tensor([b for b in plan.group_bits for _ in range(GROUP)])
+        axes = torch.einsum("nhd,hdc->nhc", side.tokens, basis.encode.to(side.tokens))
+        turn, amplitude = self._mixture(basis, axes, bits)
+        mix = mixed(basis, turn, amplitude)
+        z = torch.einsum("nhc,hcd->nhd", axes * amplitude.to(axes), turn.to(axes))
+        weight, widths = mix.weight.to(z), bits.to(z.device)
+        step, scale_weight, guard = fit_quantizer(z, widths, weight, voting(z.square().mean(0), weight))
+        decode_ = mix.decode
+        if self._is_shaped(basis):
+            coded = round_trip(z, widths, step, scale_weight, guard)
+            gains = axis_gains(torch.einsum("nhc,hdc->nhd", coded, turn.to(z)), axes, amplitude.to(z))
+            decode_ = turn.mT @ (gains.double().cpu()[..., None] * basis.decode)
         wide = step.double().cpu()
         coder = SideCodec(
             plan,
-            (encode_ / wide[:, None, :]).float(),
+            (mix.encode / wide[:, None, :]).float(),
             (decode_ * wide[..., None]).float(),
             scale_weight.float().cpu(),
             guard.float().cpu(),
@@ -242,6 +221,25 @@ class LayerSolver:
             side.means.sink.float(),
         )
         return self._refitted(coder, side) if self.options.basis == "recalkv" and name == "v" else coder
+
+    def _is_shaped(self, basis: Basis) -> bool:
+        """Whether tiers are more than rotated at random: where a method mixes channels, and no heads share a basis."""
+        return self.options.basis in ROTATED and basis.owner == tuple(range(len(basis.owner)))
+
+    def _mixture(self, basis: Basis, axes: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rotation [H, R, R], amplitudes [H, R] before it) of the tiers of a plan with code widths bits [R]."""
+        one = torch.ones_like(basis.variance)
+        if self.options.basis not in ROTATED:
+            return torch.eye(len(bits), dtype=one.dtype).expand(len(one), -1, -1), one
+        nested = self.options.nested or self.options.basis in NESTED
+        tiers = torch.arange(len(bits)) // GROUP if nested else bits
+        turn = tier_rotation(basis.owner, tiers, self._seed + 1)
+        if not self._is_shaped(basis):
+            return turn, one
+        amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
+        emphasized = axes * amplitude.to(axes)
+        vote = voting(emphasized.square().mean(0), mixed(basis, turn, amplitude).weight.to(axes))
+        return fit_rotation(emphasized, turn, bits.to(axes.device), tiers.to(axes.device), vote).cpu(), amplitude
 
     def _refitted(self, coder: SideCodec, side: Side) -> SideCodec:
         """The coder with its decoder fitted to the codes of the sample tokens."""

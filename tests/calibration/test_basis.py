@@ -8,7 +8,7 @@ import torch
 
 from vllm_kqsvd.calibration.basis import BASES, klt, kqsvd_factors, make_basis, signed_hadamard
 from vllm_kqsvd.calibration.metric import matrix_root, with_ridge
-from vllm_kqsvd.calibration.solve import rotate_tiers
+from vllm_kqsvd.calibration.tiers import rotate_tiers
 from vllm_kqsvd.errors import CalibrationError
 
 F64 = torch.float64

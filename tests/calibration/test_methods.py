@@ -15,7 +15,7 @@ from vllm_kqsvd.calibration.matryoshka import nested_loss, train_nested
 from vllm_kqsvd.calibration.metric import with_ridge
 from vllm_kqsvd.calibration.progressive import layer_ranks, log_condition, ranks_from
 from vllm_kqsvd.calibration.refit import refit_decoder
-from vllm_kqsvd.calibration.solve import random_rotation, rotate_tiers
+from vllm_kqsvd.calibration.tiers import random_rotation, rotate_tiers
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.rope_block import RopeSpec, rotate
 
