@@ -87,7 +87,7 @@ def fit_rotation(
             more = nearest_rotation(before.mT @ after)
             out[:, :, at] = out[:, :, at] @ more
             y[..., at] = (before @ more).transpose(0, 1)
-    return _orthogonal(out.double(), tiers)
+    return _orthogonal(out.double().cpu(), tiers.cpu())  # many small decompositions
 
 
 def _orthogonal(turn: torch.Tensor, tiers: torch.Tensor) -> torch.Tensor:

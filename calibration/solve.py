@@ -239,7 +239,7 @@ class LayerSolver:
         amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
         emphasized = axes * amplitude.to(axes)
         vote = voting(emphasized.square().mean(0), mixed(basis, turn, amplitude).weight.to(axes))
-        return fit_rotation(emphasized, turn, bits.to(axes.device), tiers.to(axes.device), vote).cpu(), amplitude
+        return fit_rotation(emphasized, turn, bits.to(axes.device), tiers.to(axes.device), vote), amplitude
 
     def _refitted(self, coder: SideCodec, side: Side) -> SideCodec:
         """The coder with its decoder fitted to the codes of the sample tokens."""

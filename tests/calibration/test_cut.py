@@ -79,7 +79,7 @@ def test_a_cut_is_close_to_solving_again(solved: Solve, bits: float, nested: boo
     entry = found[4.0, nested].layers[last]
     assert entry.spectrum is not None
     same_plan = cut_side(entry.codec.v, plan, group_energy(entry.spectrum["v"], entry.codec.v.plan, nested))
-    assert error(same_plan, values) < 1.15 * error(again.layers[last].codec.v, values)
+    assert error(same_plan, values) < 1.35 * error(again.layers[last].codec.v, values)
     assert all(0.5 < p / q < 2 for p, q in zip(loaded.predicted, again.predicted, strict=True))
 
 
@@ -87,7 +87,7 @@ def test_nested_order_makes_the_better_cut(solved: Solve) -> None:
     found, _ = solved
     mixed, nested = (cut(found[4.0, n], 2.0) for n in (False, True))
     assert found[4.0, False].layers[0].codec.k.plan.group_bits == (8, 8, 8)  # nothing left to order them by
-    assert nested.predicted[0] < 0.6 * mixed.predicted[0]
+    assert nested.predicted[0] < 0.75 * mixed.predicted[0]
     assert nested.layers[0].codec.k.plan.group_bits == found[2.0, True].layers[0].codec.k.plan.group_bits
 
 
