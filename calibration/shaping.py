@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left to choose where neighbouring channels get equal bits: such a *tier* is mixed, and the mixture is shaped.
 
-A rotation inside a tier gives all its channels the tier's mean variance and white rounding noise. Three things then lower
-the error, all of them linear, so that neither the pages nor the kernels see them:
+A rotation inside a tier gives all its channels the tier's mean variance and white rounding noise. Three things then
+lower the error, all of them linear, so that neither the pages nor the kernels see them:
 
-- *emphasis* before the rotation: optimal pre- and postfilters of a channel of equal noise (Costas 1952, "Coding with linear
-  systems"). With e the energies of the axes in the metric and D the noise, the transmitted power is c sqrt(e) - D, so
-  that noise lies under strong axes rather than under weak ones; at fine resolution n (mean e) becomes (sum sqrt(e))^2 / n;
+- *emphasis* before the rotation: optimal pre- and postfilters of a channel of equal noise (Costas 1952, "Coding with
+  linear systems"). With e the energies of the axes in the metric and D the noise, the transmitted power is
+  c sqrt(e) - D, so that noise lies under strong axes; at fine resolution n (mean e) becomes (sum sqrt(e))^2 / n;
 - a *rotation fitted* to the rounding instead of a random one: rounding and the orthogonal Procrustes problem in turns
   (ITQ, Gong and Lazebnik 2011);
 - *gains* after it, one per axis: the least-squares factor of an axis as it comes back (Wiener).
@@ -111,8 +111,8 @@ def axis_gains(coded: torch.Tensor, axes: torch.Tensor, emphasized: torch.Tensor
 
 
 def shaped_losses(axes: torch.Tensor, basis: Basis, turn: torch.Tensor, tiers: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of every axis at every code width, [H, R, 9] float64: each tier emphasized for that width, turned,
-    rounded, and brought back by its gains. axes [N, H, R] of sample tokens; turn [H, R, R]; tiers [R]."""
+    """Mean squared error of every axis at every code width, [H, R, 9] float64: each tier emphasized for that width,
+    turned, rounded, and brought back by its gains. axes [N, H, R] of sample tokens; turn [H, R, R]; tiers [R]."""
     out = torch.empty(*axes.shape[1:], MAX_CODE_BITS + 1, dtype=torch.float64, device=axes.device)
     out[..., 0] = axes.square().mean(0)
     back = turn.mT.to(axes)

@@ -173,12 +173,14 @@ class LayerSolver:
     def _table(self, basis: Basis, tokens: torch.Tensor) -> Table:
         """Loss of every group of 16 channels at every code width, [d / 16, 9], summed over the KV heads."""
         dim = basis.encode.shape[1]
+        tiers = torch.arange(dim) // GROUP
+        shaped = self._is_shaped(basis)
+        if self.options.basis in ROTATED and not shaped:  # measure what tiers will hold: rotated channels
+            basis = mixed(basis, tier_rotation(basis.owner, tiers, self._seed))
         z = torch.einsum("nhd,hdc->nhc", tokens[:_TABLE_TOKENS], basis.encode.to(tokens))
         weight = basis.weight.to(z)
-        if self.options.basis in ROTATED:  # measure what tiers will hold
-            tiers = torch.arange(dim) // GROUP
-            turn = tier_rotation(basis.owner, tiers, self._seed)
-            table = shaped_losses(z, basis, turn, tiers)
+        if shaped:
+            table = shaped_losses(z, basis, tier_rotation(basis.owner, tiers, self._seed), tiers)
         else:
             table = distortion_table(z, voting(z.square().mean(0), weight))
         table = table * weight[..., None].double()
