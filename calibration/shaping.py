@@ -18,14 +18,14 @@ import torch
 
 from vllm_kqsvd.calibration.basis import Basis
 from vllm_kqsvd.calibration.quantizer import GAUSSIAN_ERROR, fit_steps, midrise, round_scale, token_scale, voting
-from vllm_kqsvd.calibration.tiers import mixed
 from vllm_kqsvd.plan import MAX_CODE_BITS
 
 _LEAST_POWER = 0.05  # of the tier's mean, that no axis is weakened below: text unlike the calibration's may need it
 GAIN_RANGE = (0.6, 1.1)  # of what was emphasized, for the same reason
-_ROUNDS = 24  # of rounding and rotating
-_REFIT_STEPS = 8  # rounds after which steps are fitted anew
-_NEWTON_STEPS = 16  # from singular values of a hundredth of the bound
+_ROUNDS = 12  # of rounding and rotating
+_REFIT_STEPS = 6  # rounds after which steps are fitted anew
+_BOLDNESS = 2.0  # times the way to what was rounded: as good as twice the rounds, and 3 overshoots with some keys
+_NEWTON_STEPS = 12  # from singular values of a thirtieth of the bound
 _MOST_BITS = 5  # rounding to more is white noise, whichever way it is turned
 TOKENS_PER_CHANNEL = 16  # fewer sample tokens than this do not tell a rotation from chance
 
@@ -43,7 +43,7 @@ def emphasis(energy: torch.Tensor, bits: torch.Tensor, tiers: torch.Tensor) -> t
         root = (e / e.mean(-1, keepdim=True)).sqrt()
         least = root.square().clamp_max(_LEAST_POWER)
         low, high = torch.zeros_like(root[:, :1]), (1 + noise) / root.mean(-1, keepdim=True)
-        for _ in range(50):  # power grows with c; at `high` its mean is 1 or more
+        for _ in range(40):  # power grows with c; at `high` its mean is 1 or more
             c = (low + high) / 2
             much = (c * root - noise).maximum(least).mean(-1, keepdim=True) > 1
             low, high = torch.where(much, low, c), torch.where(much, c, high)
@@ -84,7 +84,7 @@ def fit_rotation(
         rounded = midrise(y / scale[..., None], step, half).mul_(scale[..., None])
         for at in fitted:
             before, after = (x[..., at].transpose(0, 1) for x in (y, rounded))
-            more = nearest_rotation(before.mT @ after)
+            more = nearest_rotation(before.mT @ torch.lerp(before, after, _BOLDNESS))
             out[:, :, at] = out[:, :, at] @ more
             y[..., at] = (before @ more).transpose(0, 1)
     return _orthogonal(out.double().cpu(), tiers.cpu())  # many small decompositions
@@ -119,10 +119,10 @@ def shaped_losses(axes: torch.Tensor, basis: Basis, turn: torch.Tensor, tiers: t
     for width in range(1, MAX_CODE_BITS + 1):
         bits = torch.full_like(tiers, width)
         amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
-        mix = mixed(basis, turn, amplitude)
+        weight = (turn.square().mT @ (basis.weight / amplitude.square())[..., None])[..., 0]  # as in tiers.mixed
         z = torch.einsum("nhc,hcd->nhd", axes * amplitude.to(axes), turn.to(axes))
         variance = z.square().mean(0)
-        scale = round_scale(token_scale(z, variance, voting(variance, mix.weight.to(z))))
+        scale = round_scale(token_scale(z, variance, voting(variance, weight.to(z))))
         step, _ = fit_steps(z, bits.to(z.device), scale)
         rounded = midrise(z / scale[..., None], step, torch.full_like(step, 2.0 ** (width - 1))) * scale[..., None]
         coded = torch.einsum("nhc,hcd->nhd", rounded, back)
