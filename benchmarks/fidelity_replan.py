@@ -6,8 +6,9 @@
 PROJECTION has basis `mix` and keeps every latent channel, as 4-bit ones do. Its encode matrices are basis, then a
 rotation inside each tier of equal bits, then quantizer steps: the rotation follows from the seed, the steps from the
 stored spectrum and the latents' variance over some calibration tokens. Plans are then chosen and steps fitted by the
-calibrator itself. Writes OUT/{PROJECTION}-replanned-free (the plans it had, to see what this way loses)
-and OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a model of 1.5B parameters.
+calibrator itself. Projections whose tiers are shaped (made since 2026-11-24) are refused: their rotations follow from
+their statistics, which `kqsvd calibrate --statistics` solves again. Writes OUT/{PROJECTION}-replanned-free (the plans it
+had, to see what this way loses) and OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a model of 1.5B parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from vllm_kqsvd.calibration.collect import CollectOptions, Collector
 from vllm_kqsvd.calibration.corpus import Corpus
 from vllm_kqsvd.calibration.means import MeanFactors
 from vllm_kqsvd.calibration.model_probe import probe
-from vllm_kqsvd.calibration.solve import LayerSolver, Side, SolveOptions, rotate_tiers
+from vllm_kqsvd.calibration.solve import LayerSolver, Side, SolveOptions
+from vllm_kqsvd.calibration.tiers import rotate_tiers
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.rope_block import rotate
@@ -45,6 +47,15 @@ def sample_tokens(model_dir: Path, data: list[Path], windows: int, length: int, 
     collector = Collector(model, probe(model), corpus, options)
     statistics = collector.run(collector.start({}), range(collector.num_steps))
     return [{side: layer.tokens(side) for side in ("k", "v")} for layer in statistics.layers]
+
+
+def refuse_shaped(base: Projection) -> None:
+    """Raise CalibrationError for a projection whose bases cannot be recovered."""
+    if base.calibration.get("tiers") == "shaped":
+        raise CalibrationError(
+            "the projection's tiers are shaped, so that its bases cannot be recovered; keep its statistics "
+            "(kqsvd calibrate --keep-statistics FILE) and solve them again (--statistics FILE)"
+        )
 
 
 def recover_basis(side: SideCodec, spectrum: torch.Tensor, tokens: torch.Tensor, seed: int) -> Basis:
@@ -111,6 +122,7 @@ def main() -> None:
     """Sample tokens, recover the bases, write the replanned folders."""
     options = parse()
     base = load_projection(options.projection)
+    refuse_shaped(base)
     entries = [e for _, e in sorted(base.layers.items())]
     tokens = sample_tokens(options.model, options.data, options.windows, options.length, options.device)
     seed = int(base.calibration["seed"])

@@ -28,7 +28,7 @@ from vllm_kqsvd.calibration.layer_budgets import LAYER_BUDGETS
 from vllm_kqsvd.calibration.layer_choice import choose_layers
 from vllm_kqsvd.calibration.layer_costs import budget_texts
 from vllm_kqsvd.calibration.model_probe import NO_ROPE, LayerInfo, probe
-from vllm_kqsvd.calibration.solve import SolvedLayer, SolveOptions, make_solvers, solve
+from vllm_kqsvd.calibration.solve import ROTATED, SHAPED, SolvedLayer, SolveOptions, make_solvers, solve
 from vllm_kqsvd.calibration.statistics import Statistics
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.plan import LayerPlan
@@ -279,6 +279,7 @@ def describe(
         "exact_window": collect.window,
         "max_plans": options.max_plans,
         "plans": options.plans,
+        "tiers": "shaped" if options.basis in SHAPED else "random" if options.basis in ROTATED else "none",
     }
 
 

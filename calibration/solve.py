@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ROTATED = tuple(  # bases whose equal-bit tiers are rotated
     set(BASES) - {"channel_prune", "hadamard", "identity"}
 )
+SHAPED = tuple(set(ROTATED) - {"recalkv", "head_merge"})  # and whose rotations no heads share (shaping.py)
 PLAN_CHOICES = ("auto", "catalogue", "free")
 _TABLE_TOKENS = 2048
 
@@ -174,7 +175,7 @@ class LayerSolver:
         """Loss of every group of 16 channels at every code width, [d / 16, 9], summed over the KV heads."""
         dim = basis.encode.shape[1]
         tiers = torch.arange(dim) // GROUP
-        shaped = self._is_shaped(basis)
+        shaped = self.options.basis in SHAPED
         if self.options.basis in ROTATED and not shaped:  # measure what tiers will hold: rotated channels
             basis = mixed(basis, tier_rotation(basis.owner, tiers, self._seed))
         z = torch.einsum("nhd,hdc->nhc", tokens[:_TABLE_TOKENS], basis.encode.to(tokens))
@@ -207,7 +208,7 @@ class LayerSolver:
         weight, widths = mix.weight.to(z), bits.to(z.device)
         step, scale_weight, guard = fit_quantizer(z, widths, weight, voting(z.square().mean(0), weight))
         decode_ = mix.decode
-        if self._is_shaped(basis):
+        if self.options.basis in SHAPED:
             coded = round_trip(z, widths, step, scale_weight, guard)
             gains = axis_gains(torch.einsum("nhc,hdc->nhd", coded, turn.to(z)), axes, amplitude.to(z))
             decode_ = turn.mT @ (gains.double().cpu()[..., None] * basis.decode)
@@ -224,10 +225,6 @@ class LayerSolver:
         )
         return self._refitted(coder, side) if self.options.basis == "recalkv" and name == "v" else coder
 
-    def _is_shaped(self, basis: Basis) -> bool:
-        """Whether tiers are more than rotated at random: where a method mixes channels, and no heads share a basis."""
-        return self.options.basis in ROTATED and basis.owner == tuple(range(len(basis.owner)))
-
     def _mixture(self, basis: Basis, axes: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rotation [H, R, R], amplitudes [H, R] before it) of the tiers of a plan with code widths bits [R]."""
         one = torch.ones_like(basis.variance)
@@ -236,7 +233,7 @@ class LayerSolver:
         nested = self.options.nested or self.options.basis in NESTED
         tiers = torch.arange(len(bits)) // GROUP if nested else bits
         turn = tier_rotation(basis.owner, tiers, self._seed + 1)
-        if not self._is_shaped(basis):
+        if self.options.basis not in SHAPED:
             return turn, one
         amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
         emphasized = axes * amplitude.to(axes)

@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from benchmarks.fidelity_replan import BasisSolver
+from benchmarks.fidelity_replan import BasisSolver, refuse_shaped
+from vllm_kqsvd.calibration import solve
 from vllm_kqsvd.calibration.basis import Basis, klt
 from vllm_kqsvd.calibration.means import fixed_means
 from vllm_kqsvd.calibration.solve import LayerSolver, Side, SolveOptions
 from vllm_kqsvd.codec import LayerCodec
+from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.rope_block import RopeSpec
 from vllm_kqsvd.plan_catalog import PLANS
 from vllm_kqsvd.projection import LayerEntry
 
 
-def test_basis_recovered_from_a_projection() -> None:
+def test_basis_recovered_from_a_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions and lengths of the columns, and the loss of a plan, to the precision of 2,000 sampled tokens."""
+    monkeypatch.setattr(solve, "SHAPED", ())  # as projections were made before tiers were shaped
     torch.manual_seed(0)
     heads, dim, index, seed = 2, 64, 3, 5
     plan = PLANS["d64_b66"][1]
@@ -43,3 +49,9 @@ def test_basis_recovered_from_a_projection() -> None:
         assert (got.norm(dim=1) / want.norm(dim=1) - 1).abs().max() < 0.1
         table, again = solver.sides[name].table, found.sides[name].table
         assert abs(again[:, 2].sum() / table[:, 2].sum() - 1) < 0.02
+
+
+def test_shaped_projections_are_refused() -> None:
+    refuse_shaped(SimpleNamespace(calibration={}))  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="keep-statistics"):
+        refuse_shaped(SimpleNamespace(calibration={"tiers": "shaped"}))  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ class SideCodec:
     """Coder of K or V. H kv heads, d head_dim, R rank; all float32 (float64 in tests).
 
     encode [H, d, R]: (x - mean) @ encode = latents in units of the quantizer step.
-    decode [H, R, d]: step-scaled inverse, so x ~= mean + ((code - zero_point) * scale) @ decode.
+    decode [H, R, d]: the way back, x ~= mean + ((code - zero_point) * scale) @ decode; where codes are coarse not the
+        inverse but less (calibration/shaping.py).
     scale_weight [H, R]: token scale = sqrt(sum_c scale_weight_c * latent_c^2), and at least
     guard_weight [H, R]: max_c guard_weight_c * |latent_c| (keeps outliers from clipping into nonsense).
     mean_basis [T, M]: mean of in-block offset j is mean_basis[j] @ mean; T = 1, M = 1 where no offset counts.
