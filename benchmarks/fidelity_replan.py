@@ -7,8 +7,9 @@ PROJECTION has basis `mix` and keeps every latent channel, as 4-bit ones do. Its
 rotation inside each tier of equal bits, then quantizer steps: the rotation follows from the seed, the steps from the
 stored spectrum and the latents' variance over some calibration tokens. Plans are then chosen and steps fitted by the
 calibrator itself. Projections whose tiers are shaped (made since 2026-11-24) are refused: their rotations follow from
-their statistics, which `kqsvd calibrate --statistics` solves again. Writes OUT/{PROJECTION}-replanned-free (the plans it
-had, to see what this way loses) and OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a model of 1.5B parameters.
+their statistics, which `kqsvd calibrate --statistics` solves again. Writes OUT/{PROJECTION}-replanned-free (the plans
+it had, to see what this way loses) and OUT/{model}-{bits}bit-replanned-compiled. No gradients: minutes on a CPU for a
+model of 1.5B parameters.
 """
 
 from __future__ import annotations
