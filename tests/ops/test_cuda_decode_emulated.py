@@ -214,7 +214,7 @@ def test_head_dim_96(library, monkeypatch: pytest.MonkeyPatch, finish_blocks: in
     check(*run_emulated(case, library, finish_blocks), case)
 
 
-@pytest.mark.parametrize("plan", ["d128_b82a", "d128_b66b", "d64_b34a", "d64_b26a"])
+@pytest.mark.parametrize("plan", ["d128_b82a", "d128_b82c", "d128_b66b", "d64_b34a", "d64_b26a"])
 def test_plans_with_planes_of_one_bit(library, plan: str) -> None:
     case = Case(plan=plan, lengths=(400,), dtype=torch.float16, kv_heads=1)
     check(*run_emulated(case, library), case)
