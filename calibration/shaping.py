@@ -18,6 +18,7 @@ import torch
 
 from vllm_kqsvd.calibration.basis import Basis
 from vllm_kqsvd.calibration.quantizer import GAUSSIAN_ERROR, fit_steps, midrise, round_scale, token_scale, voting
+from vllm_kqsvd.calibration.tiers import mixed_weight
 from vllm_kqsvd.plan import MAX_CODE_BITS
 
 _LEAST_POWER = 0.05  # of the tier's mean, that no axis is weakened below: text unlike the calibration's may need it
@@ -119,7 +120,7 @@ def shaped_losses(axes: torch.Tensor, basis: Basis, turn: torch.Tensor, tiers: t
     for width in range(1, MAX_CODE_BITS + 1):
         bits = torch.full_like(tiers, width)
         amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
-        weight = (turn.square().mT @ (basis.weight / amplitude.square())[..., None])[..., 0]  # as in tiers.mixed
+        weight = mixed_weight(basis, turn, amplitude)
         z = torch.einsum("nhc,hcd->nhd", axes * amplitude.to(axes), turn.to(axes))
         variance = z.square().mean(0)
         scale = round_scale(token_scale(z, variance, voting(variance, weight.to(z))))

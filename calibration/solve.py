@@ -23,7 +23,7 @@ from vllm_kqsvd.calibration.quantizer import distortion_table, fit_quantizer, ro
 from vllm_kqsvd.calibration.refit import refit_decoder
 from vllm_kqsvd.calibration.shaping import axis_gains, emphasis, fit_rotation, shaped_losses
 from vllm_kqsvd.calibration.statistics import LayerStatistics
-from vllm_kqsvd.calibration.tiers import mixed, tier_rotation
+from vllm_kqsvd.calibration.tiers import mixed, mixed_weight, rotate_tiers, tier_rotation
 from vllm_kqsvd.codec import SINK_RATIO, LayerCodec, SideCodec
 from vllm_kqsvd.errors import CalibrationError
 from vllm_kqsvd.ops.reference import decode, encode
@@ -177,7 +177,7 @@ class LayerSolver:
         tiers = torch.arange(dim) // GROUP
         shaped = self.options.basis in SHAPED
         if self.options.basis in ROTATED and not shaped:  # measure what tiers will hold: rotated channels
-            basis = mixed(basis, tier_rotation(basis.owner, tiers, self._seed))
+            basis = rotate_tiers(basis, tiers.tolist(), self._seed)
         z = torch.einsum("nhd,hdc->nhc", tokens[:_TABLE_TOKENS], basis.encode.to(tokens))
         weight = basis.weight.to(z)
         if shaped:
@@ -237,7 +237,7 @@ class LayerSolver:
             return turn, one
         amplitude = emphasis(basis.variance * basis.weight, bits, tiers)
         emphasized = axes * amplitude.to(axes)
-        vote = voting(emphasized.square().mean(0), mixed(basis, turn, amplitude).weight.to(axes))
+        vote = voting(emphasized.square().mean(0), mixed_weight(basis, turn, amplitude).to(axes))
         return fit_rotation(emphasized, turn, bits.to(axes.device), tiers.to(axes.device), vote), amplitude
 
     def _refitted(self, coder: SideCodec, side: Side) -> SideCodec:

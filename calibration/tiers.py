@@ -30,18 +30,22 @@ def tier_rotation(owner: Sequence[int], tiers: torch.Tensor, seed: int) -> torch
     return turn[list(owner)]
 
 
+def mixed_weight(basis: Basis, turn: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
+    """Cost of a unit error [H, R] in each channel of `mixed`."""
+    return (turn.square().mT @ (basis.weight / amplitude.square())[..., None])[..., 0]
+
+
 def mixed(basis: Basis, turn: torch.Tensor, amplitude: torch.Tensor | None = None) -> Basis:
     """The basis with its axes multiplied by amplitude [H, R] (none: 1) and then turned [H, R, R].
 
     Variances and weights are recomputed as for uncorrelated axes.
     """
     h = torch.ones_like(basis.variance) if amplitude is None else amplitude
-    square = turn.square().mT
     return Basis(
         (basis.encode * h[:, None]) @ turn,
         turn.mT @ (basis.decode / h[..., None]),
-        (square @ (basis.variance * h.square())[..., None])[..., 0],
-        (square @ (basis.weight / h.square())[..., None])[..., 0],
+        (turn.square().mT @ (basis.variance * h.square())[..., None])[..., 0],
+        mixed_weight(basis, turn, h),
         basis.owner,
     )
 

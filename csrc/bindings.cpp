@@ -57,7 +57,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kqsvd, m) {
       "store_latent(Tensor key, Tensor value, Tensor(a!) pages, Tensor(b!)? window_pages, Tensor slot_mapping, "
       "Tensor? window_slot_mapping, Tensor positions, Tensor k_encode, Tensor k_operand, Tensor k_weight, "
       "Tensor k_latent_mean, Tensor k_class_vector, Tensor k_class_offset, Tensor k_plan, Tensor v_encode, "
-      "Tensor v_operand, Tensor v_weight, Tensor v_latent_mean, Tensor v_class_vector, Tensor v_class_offset, Tensor v_plan, Tensor rope_table, "
+      "Tensor v_operand, Tensor v_weight, Tensor v_latent_mean, Tensor v_class_vector, Tensor v_class_offset, "
+      "Tensor v_plan, Tensor rope_table, "
       "int rope_block, bool rope_interleaved, int block_size, int tile_bytes) -> ()");
   m.def(
       "dequantize(Tensor pages, Tensor block_table, Tensor? window_pages, Tensor? window_block_table, Tensor ranges, "

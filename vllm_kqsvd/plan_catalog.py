@@ -12,7 +12,7 @@ within 2.5 %: d128_b82 160 us, a 164, b 161; d128_b130 220, a 225, b 224. Instru
 element (`python -m tests.ops.decode_sass`, nvcc 13.0, 4 columns, rope blocks of 32): d128_b130 1.55, a 2.03, b 2.07;
 d128_b98 1.93, a 1.78; d128_b82 1.67, a 1.82, b 1.96, c 2.25; d128_b66 1.63, a 1.86; d64_b50 2.33, d64_b42b 2.27 (b98,
 b66, d64 and the letters b: before the last change). At 64 x 8k d128_b82 takes 141.5 us, a 152.0, b 139.2, c 139.3
-(H100, 2026-11-24). c has 2 bits for keys and 3 for values, what shaped tiers want (`calibration/shaping.py`). Fewer
+(H100, 2026-11-24). c has 2 bits for keys and 3 for values, as the second model's shaped tables want. Fewer
 bits leave fewer elements to share what a token costs anyway: d64_b34 2.43, b 2.71, d64_b26 3.04, a 3.42, per token 272,
 304, 243, 274. The budget is 2.0, or the kernel's own figure (`tests/ops/decode_sass.py`); the tests hold d128_b82 and
 d64_b66 with 8 columns and blocks of 64, which they compile anyway. Plans of 26 bytes are for layers that can spare

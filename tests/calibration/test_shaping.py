@@ -60,7 +60,7 @@ def test_axes_without_energy_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("width", [2, 4, 6])
-def test_more_or_less_emphasis_is_worse(width: int) -> None:
+def test_emphasis_lowers_the_error_and_more_of_it_does_not(width: int) -> None:
     sigma = torch.logspace(0, -0.7, 32)[None]
     axes = torch.randn(8192, 1, 32, generator=generator(width)) * sigma
     turn = tier_rotation((0,), torch.zeros(32, dtype=torch.long), 1)
@@ -130,7 +130,7 @@ def test_losses_fall_with_bits_and_mixing_inverts() -> None:
     tiers = torch.arange(32) // 16
     turn = tier_rotation(basis.owner, tiers, 12)
     table = shaped_losses(torch.randn(2048, 2, 32, generator=generator(13)) * sigma, basis, turn, tiers)
-    assert (table.diff(dim=-1) <= 0).all()
+    assert (table.sum((0, 1)).diff() < 0).all()  # strictly: that no axis rises is made so
     assert float(table[..., 8].sum() / table[..., 0].sum()) < 1e-3
     h = emphasis(basis.variance, torch.full_like(tiers, 2), tiers)
     mix = mixed(basis, turn, h)
